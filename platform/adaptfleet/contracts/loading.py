@@ -1,0 +1,130 @@
+"""From a YAML file and `--set a.b=c` to a contract, or one error that lists every offender."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from adaptfleet.contracts.base import Spec
+from adaptfleet.contracts.errors import ContractError
+from adaptfleet.contracts.names import near
+
+S = TypeVar("S", bound=Spec)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without duplicate keys, and with `5e-4` a number as in YAML 1.2."""
+
+
+def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise ContractError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice; keep one.")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_StrictLoader.yaml_implicit_resolvers = {first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def load_contract(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """The contract in a YAML file with `a.b=c` overrides laid over it. ContractError lists all that is wrong."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ContractError(f"cannot read the contract {file}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ContractError(f"the contract {file} is no UTF-8 text.") from None
+    return parse_contract(kind, text, overrides, origin=str(file))
+
+
+def parse_contract(kind: type[S], text: str, overrides: Sequence[str] = (), origin: str = "contract") -> S:
+    """The same from YAML text."""
+    try:
+        values = _yaml(text)
+    except (yaml.YAMLError, ContractError) as error:
+        raise ContractError(f"{origin} is no YAML: {error}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ContractError(f"{origin} holds a {type(values).__name__}, but a contract is a mapping of keys to values.")
+    for override in overrides:
+        _lay_over(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_offender(kind, e) for e in error.errors(include_url=False)]
+        count = "1 thing is" if len(lines) == 1 else f"{len(lines)} things are"
+        raise ContractError(f"{origin}: {count} wrong.\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _StrictLoader)
+
+
+def _lay_over(values: dict[str, Any], override: str) -> None:
+    """Puts `a.b=c` in place; `c` is read as YAML, so `0.1`, `true`, `null` and `[q_proj, v_proj]` mean what they say."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ContractError(f"--set {override!r} is not of the form a.b=value.")
+    try:
+        value = _yaml(text)
+    except (yaml.YAMLError, ContractError) as error:
+        raise ContractError(f"--set {override!r}: the value is no YAML: {error}") from None
+    place = values
+    for key in keys[:-1]:
+        inner = place.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ContractError(f"--set {override!r}: {key!r} holds {inner!r}, not keys.")
+        place = inner
+    place[keys[-1]] = value
+
+
+def _offender(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
+    path = ".".join(str(part) for part in error["loc"]) or "contract"
+    if error["type"] == "extra_forbidden":
+        spec = _spec_at(kind, error["loc"][:-1])
+        known = sorted(spec.model_fields) if spec else []
+        return f"{path}: unknown key.{near(str(error['loc'][-1]), known)} Allowed: {', '.join(known)}."
+    if error["type"] == "missing":
+        spec = _spec_at(kind, error["loc"][:-1])
+        text = spec.model_fields[str(error["loc"][-1])].description if spec else None
+        return f"{path}: missing." + (f" {text}" if text else "")
+    message = error["msg"].removeprefix("Value error, ").rstrip(".")
+    value = error["input"]
+    shown = "" if isinstance(value, (dict, BaseModel)) else f" It is {value!r}."
+    return f"{path}: {message}.{shown}"
+
+
+def _spec_at(kind: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel] | None:
+    """The spec class whose keys a path leads to."""
+    spec: type[BaseModel] = kind
+    for part in path:
+        field = spec.model_fields.get(str(part))
+        inner = next(_specs_in(field.annotation), None) if field else None
+        if inner is None:
+            return None
+        spec = inner
+    return spec
+
+
+def _specs_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType, Annotated):
+        for inner in get_args(annotation):
+            yield from _specs_in(inner)

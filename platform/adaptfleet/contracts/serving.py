@@ -1,0 +1,35 @@
+"""What the OpenAI-compatible endpoint serves."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from adaptfleet.contracts.base import Spec
+from adaptfleet.contracts.model import ModelSpec
+from adaptfleet.contracts.names import SafeName
+
+
+class ServingSpec(Spec):
+    model: ModelSpec = ModelSpec()
+    served_name: SafeName | None = None
+    """The base's id on the endpoint. None: the model source's last part."""
+    auth: Literal["api-key", "none"] = "api-key"
+    """`api-key`: a bearer key from ADAPTFLEET_API_KEYS (comma separated) or the file `api-keys` in ADAPTFLEET_HOME."""
+    max_loras: Annotated[int, Field(ge=1)] = 8
+    """Adapters that may share one batch."""
+    max_cpu_loras: Annotated[int, Field(ge=1)] = 64
+    """Adapters kept in host memory, the least recently used leaves first."""
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
+    max_model_len: Annotated[int, Field(ge=16)] = 2048
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    """Sequences of one batch; continuous batching admits the next as one ends."""
+    kv_cache_gib: Annotated[int, Field(ge=1)] = 1
+    """Memory of the paged KV cache on a CPU. On a GPU the engine takes what is free."""
+    max_request_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
+    enforce_eager: bool = True
+    """False compiles the engine's graph: a slower start, faster tokens."""
+    engine_args: dict[str, Any] = {}
+    """Passed to vLLM as they are, by vLLM's own names (`tensor_parallel_size: 2`). The one escape hatch."""
+
+    def base_id(self) -> str:
+        return self.served_name or self.model.source.rstrip("/").rsplit("/", 1)[-1].lower()

@@ -1,0 +1,80 @@
+"""What lies where in the store. Every record is created once and never changed, so readers may keep what they have read.
+
+index/NAME/versions/000001.json        a Publication: creating this record is the act of publishing, and claims the number for ever
+index/NAME/removed/000001.json         marks the version as removed
+index/NAME/aliases/ALIAS/000001.json   an AliasMove: the highest number is where the alias points now
+content/NAME/UPLOAD/PATH               the files of one publication, written before its record
+changes                                a token replaced after every change, which tells a polling reader to look again
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, ValidationError
+
+from adaptfleet.contracts.artifacts import Manifest
+from adaptfleet.contracts.base import Spec
+from adaptfleet.contracts.errors import CorruptError
+from adaptfleet.contracts.names import check_name
+
+R = TypeVar("R", bound=Spec)
+INDEX = "index"
+CONTENT = "content"
+CHANGES_KEY = "changes"
+
+
+class Publication(Spec):
+    upload: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """Names the folder under `content/NAME/` that holds the files."""
+    manifest: Manifest
+
+
+class AliasMove(Spec):
+    version: Annotated[int, Field(ge=1)] | None
+    """None: the alias was taken away."""
+    earlier: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Where the alias pointed before, the latest last: `rollback` takes from the end."""
+    moved_at: datetime
+    move: str
+    """A unique token, by which a writer whose answer was lost on the wire knows its own move again."""
+
+
+class Removal(Spec):
+    removed_at: datetime
+
+
+def version_key(name: str, version: int) -> str:
+    return f"{INDEX}/{check_name(name)}/versions/{version:06d}.json"
+
+
+def removed_key(name: str, version: int) -> str:
+    return f"{INDEX}/{check_name(name)}/removed/{version:06d}.json"
+
+
+def alias_key(name: str, alias: str, number: int) -> str:
+    return f"{INDEX}/{check_name(name)}/aliases/{check_name(alias)}/{number:06d}.json"
+
+
+def index_prefix(name: str | None = None) -> str:
+    return INDEX if name is None else f"{INDEX}/{check_name(name)}"
+
+
+def content_prefix(name: str, upload: str | None = None) -> str:
+    return f"{CONTENT}/{check_name(name)}" + (f"/{upload}" if upload else "")
+
+
+def to_bytes(record: Spec) -> bytes:
+    return record.model_dump_json(indent=1).encode()
+
+
+def from_bytes(kind: type[R], key: str, content: bytes) -> R:
+    """The record, or CorruptError naming its key."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first: Any = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the record"
+        raise CorruptError(
+            f"the store's record {key} is not what was written: {where}: {first['msg']}. Restore it from a backup, or remove the version "
+            f"and publish again."
+        ) from None

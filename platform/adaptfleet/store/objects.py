@@ -141,8 +141,8 @@ class Objects:
                 latest[folder] = max(latest.get(folder, info.modified_at), info.modified_at)
             return latest
         top = self._root / prefix
-        for folder in sorted(top.iterdir()) if top.is_dir() else ():
-            latest[folder.name] = _last_change(folder)
+        for child in sorted(top.iterdir()) if top.is_dir() else ():
+            latest[child.name] = _last_change(child)
         return latest
 
     def _put(self, key: str, content: bytes | Iterable[bytes], **options: Any) -> None:

@@ -1,0 +1,69 @@
+"""Held-out loss, perplexity and greedy answers of a model in training."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from adaptfleet.core.data.encoding import Encoded
+from adaptfleet.core.data.examples import Example
+from adaptfleet.core.data.packing import pack_arrays, plan_packs
+from adaptfleet.core.evaluation.answers import AnswerScores, score_answers
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adaptfleet.core.packed_forward import PackedBatch, summed_loss
+
+GENERATION_ROWS = 32
+"""Rows that generate together."""
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    loss: float
+    perplexity: float
+    num_labels: int
+
+
+@torch.no_grad()
+def held_out_loss(model: PeftModel | PreTrainedModel, rows: list[Encoded], pack_tokens: int, pad_id: int) -> HeldOutLoss:
+    """Mean cross-entropy in nats over all labelled tokens, and its exponential."""
+    model.eval()
+    total, num_labels = 0.0, 0
+    for pack in plan_packs([len(row.input_ids) for row in rows], pack_tokens, list(range(len(rows)))):
+        batch = PackedBatch.stack([pack_arrays(pack, rows, pack_tokens, pad_id)], model.device)
+        total += float(summed_loss(model, batch))
+        num_labels += batch.num_labels
+    loss = total / num_labels
+    return HeldOutLoss(loss, math.exp(min(loss, 700.0)), num_labels)
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    max_new_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """The model's answer to each example's messages but the last, in the examples' order."""
+    model.eval()
+    answers: list[str] = []
+    for begin in range(0, len(examples), GENERATION_ROWS):
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": m.role, "content": m.content} for m in example.messages[:-1]], tokenize=False, add_generation_prompt=True
+            )
+            for example in examples[begin : begin + GENERATION_ROWS]
+        ]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(model.device)
+        outputs = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
+        )
+        answers += tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        progress(len(answers))
+    return answers
+
+
+def answer_scores(answers: list[str], examples: list[Example]) -> AnswerScores:
+    return score_answers(answers, [example.messages[-1].content for example in examples])

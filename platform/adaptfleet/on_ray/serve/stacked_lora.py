@@ -1,0 +1,37 @@
+"""A vLLM plug-in: multi-LoRA on a CPU that is right for rows of the base, and fast.
+
+vLLM's CPU path marks a row without an adapter with slot -1 and indexes the stacked weights with it, which wraps to the last slot: a request
+to the base that shares a batch gets somebody's adapter. It also gathers a whole matrix for each row.
+
+Expires when vLLM leaves rows of slot -1 alone and its CPU LoRA is no slower than this; `tests/serve/test_stacked_lora_upstream.py` fails
+when the first is so.
+"""
+
+
+def register() -> None:
+    """vLLM calls this, entry point `adaptfleet_stacked_lora` of `vllm.general_plugins`, in each of its processes. Does nothing where the
+    platform is not a CPU, and nothing the second time."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    from adaptfleet.on_ray.serve.stacked_punica import StackedPunicaWrapper
+
+    if punica_cpu.PunicaWrapperCPU is StackedPunicaWrapper:
+        return
+    punica_cpu.PunicaWrapperCPU = StackedPunicaWrapper  # type: ignore[misc]
+    activate = LoRAModelManager.activate_adapter
+
+    def activate_adapter(self: LoRAModelManager, lora_id: int) -> bool:
+        changed = bool(activate(self, lora_id))
+        if changed:
+            slot = self.lora_index_to_id.index(lora_id)
+            for wrapper in self.punica_wrapper_mapping.values():
+                if isinstance(wrapper, StackedPunicaWrapper):
+                    wrapper.slot_changed(slot)
+        return changed
+
+    LoRAModelManager.activate_adapter = activate_adapter  # type: ignore[method-assign]

@@ -134,8 +134,11 @@ def _show(registry: Registry, reference: str, as_json: bool) -> int:
 
 def _promote(registry: Registry, reference: str, alias: str, as_json: bool) -> int:
     if "@" not in reference:
-        known = ", ".join(f"{reference}@{version}" for version in registry.versions(reference)[-5:]) or "nothing is published under it"
-        raise ContractError(f"{reference!r} names no version to promote. Write {reference}@VERSION; there is {known}.")
+        known = ", ".join(f"{reference}@{version}" for version in registry.versions(reference)[-5:])
+        raise ContractError(
+            f"{reference!r} names no version to promote. Write {reference}@VERSION; "
+            + (f"there is {known}." if known else "nothing is published under this name.")
+        )
     manifest = registry.resolve(reference)
     registry.set_alias(manifest.name, alias, manifest.version)
     return _moved(manifest.name, alias, manifest.version, as_json)

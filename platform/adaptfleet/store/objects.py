@@ -26,7 +26,15 @@ SCHEMES = ("file", "s3", "gs", "az")
 _MAX_PARTS = 9_000
 """S3 takes at most 10,000 parts of one upload."""
 _FULL = ("StorageFull", "No space left on device", "Disk quota exceeded", "File too large", "QuotaExceeded")
-_NO_CREDENTIALS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal", "Credential", "credential")
+_NO_CREDENTIALS = (
+    "169.254.169.254",
+    "169.254.170.2",
+    "metadata.google.internal",
+    "/latest/api/token",
+    "/latest/meta-data",
+    "Credential",
+    "credential",
+)
 
 
 @dataclass(frozen=True)

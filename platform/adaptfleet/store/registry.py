@@ -110,7 +110,9 @@ class Registry:
         listing = self._index.listing(check_name(draft.name))
         kind = self._kind(listing)
         if kind not in (None, draft.kind):
-            raise PublishError(f"{draft.name} is published as a {kind}, not a {draft.kind}. Choose another name for the {draft.kind}.")
+            raise PublishError(
+                f"{draft.name} is of the kind {kind}, not {draft.kind}: versions of one name share a kind. Choose another name."
+            )
         upload_id = uuid.uuid4().hex
         try:
             files = upload(self._objects, draft.name, upload_id, folder, paths)

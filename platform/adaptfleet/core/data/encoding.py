@@ -1,27 +1,20 @@
 """Examples as token ids, with the loss on what the assistant answers and on nothing else.
 
-A conversation is rendered by the tokenizer's own chat template and tokenised as a whole, so that training sees the very ids that serving
-sees. Where an answer lies in the text is found by rendering the conversation up to it and past it. An answer's tokens include the
-end-of-turn token: without it a model never learns to stop.
+A conversation is rendered by the tokenizer's own chat template (`rendering`) and tokenised as a whole, so that training sees the very ids
+that serving sees.
 """
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import jinja2
 
 from adaptfleet.contracts.errors import DataError, ModelError
 from adaptfleet.core.data.examples import Example
+from adaptfleet.core.data.rendering import Rendered, Span, UnusableError, apply_template, check_no_control_token, control_tokens, render
 
 MAX_SHOWN = 50
 """Rows shown in one error; the count is of all."""
-Span = tuple[int, int]
-
-
-class _UnusableError(Exception):
-    """The reason why an example cannot be encoded."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +32,6 @@ class Encoded:
         return sum(self.label_mask)
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """Places of an assistant's turn in the rendered text; `end` is past the end-of-turn token."""
-
-    start: int
-    content_end: int
-    end: int
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    """An example as one string; `spans` are the characters that count in the loss."""
-
-    text: str
-    spans: tuple[Span, ...]
-    special_tokens: bool
-    """Whether the tokenizer adds its own beginning; a chat template writes it itself."""
-    append_eos: bool
-
-
 def encode(example: Example, tokenizer: Any, max_tokens: int, truncate: bool = False) -> Encoded:
     """One example; see `encode_all`."""
     return encode_all([example], tokenizer, max_tokens, truncate)[0]
@@ -69,21 +42,24 @@ def encode_all(examples: Sequence[Example], tokenizer: Any, max_tokens: int, tru
 
     Conversations go through the chat template, loss on every assistant turn. Prompt and completion do so too if there is a template; if
     not, they are joined as they are and the end-of-sequence token follows. Texts count whole, with the end-of-sequence token.
-    DataError lists all rows that are too long, that the template refuses, or whose answers melt into the prompt's tokens.
+    DataError lists all rows that are too long, that the template refuses, that hold the template's own special tokens, or whose answers
+    melt into the prompt's tokens.
     ModelError: the tokenizer has no offsets or no end-of-sequence token.
     """
     _check_tokenizer(examples, tokenizer)
+    controls = control_tokens(tokenizer)
     unusable: list[str] = []
-    usable: list[tuple[Example, _Rendered]] = []
+    rendered: list[Rendered] = []
     for i, example in enumerate(examples):
         try:
-            usable.append((example, _render(example, tokenizer)))
-        except _UnusableError as reason:
+            check_no_control_token(example, controls)
+            rendered.append(render(example, tokenizer))
+        except UnusableError as reason:
             unusable.append(f"{_name(example, i)}: {reason}")
     if unusable:
         raise DataError(_listing(f"{_rows(len(unusable))} cannot be turned into tokens.", unusable))
-    encoded = _tokenise([rendered for _, rendered in usable], tokenizer)
-    unusable = _melted([rendered for _, rendered in usable], encoded, tokenizer, examples)
+    encoded = _tokenise(rendered, tokenizer)
+    unusable = _melted(rendered, encoded, tokenizer, examples)
     if unusable:
         raise DataError(_listing(f"{_rows(len(unusable))} cannot be tokenised as serving would.", unusable))
     return _within(encoded, examples, max_tokens, truncate)
@@ -97,8 +73,8 @@ def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
     if example.plain and not tokenizer.chat_template:
         return list(tokenizer(example.messages[0].content)["input_ids"])
     try:
-        text = _apply(tokenizer, example, len(example.messages) - 1, generation=True)
-    except _UnusableError as reason:
+        text = apply_template(tokenizer, example, len(example.messages) - 1, generation=True)
+    except UnusableError as reason:
         raise DataError(f"{_name(example, 0)}: {reason}") from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -123,79 +99,7 @@ def _check_tokenizer(examples: Sequence[Example], tokenizer: Any) -> None:
         raise ModelError("the tokenizer has no end-of-sequence token, so no text can end. Set eos_token in its tokenizer_config.json.")
 
 
-def _render(example: Example, tokenizer: Any) -> _Rendered:
-    if example.text is not None:
-        return _Rendered(example.text, ((0, len(example.text)),), special_tokens=True, append_eos=True)
-    if example.plain and not tokenizer.chat_template:
-        prompt, completion = (m.content for m in example.messages)
-        span = (len(prompt), len(prompt) + len(completion))
-        return _Rendered(prompt + completion, (span,), special_tokens=True, append_eos=True)
-    whole = _apply(tokenizer, example, len(example.messages))
-    turns = [i for i, m in enumerate(example.messages) if m.role == "assistant"]
-    spans = [_answer_span(example, i, tokenizer, whole) for i in turns]
-    if None in spans:
-        spans = list(_spans_by_marks(example, turns, tokenizer, whole))
-    found = tuple(span for span in spans if span is not None)
-    has_end_of_turn = whole[: found[-1].end].rstrip() != whole[: found[-1].content_end].rstrip()
-    append_eos = not has_end_of_turn and tokenizer.eos_token_id is not None
-    return _Rendered(whole, tuple((s.start, s.end) for s in found), special_tokens=False, append_eos=append_eos)
-
-
-def _answer_span(example: Example, turn: int, tokenizer: Any, whole: str) -> _Answer | None:
-    """An assistant's turn, from where the generation prompt ends to the end-of-turn token. None if the template writes a turn differently
-    once others follow it.
-    """
-    content = example.messages[turn].content.strip()
-    before = _apply(tokenizer, example, turn, generation=True)
-    after = _apply(tokenizer, example, turn + 1)
-    at = after.find(content, len(before))
-    if at < 0 or not whole.startswith(after) or not after.startswith(before):
-        return None
-    # The newline that many templates write after the end-of-turn token is never generated: the model stops before it.
-    trimmed = len(after.rstrip())
-    content_end = at + len(content)
-    return _Answer(len(before), content_end, trimmed if trimmed > content_end else len(after))
-
-
-def _spans_by_marks(example: Example, turns: Sequence[int], tokenizer: Any, whole: str) -> list[_Answer]:
-    """The assistant's turns, found by rendering the conversation with a mark in place of each content: what stands between the marks is the
-    template's own, and with the contents put back it must give the conversation.
-    """
-    marks = [f"\u27e6{i}\u27e7" for i in range(len(example.messages))]
-    marked = replace(example, messages=tuple(replace(m, content=mark) for m, mark in zip(example.messages, marks, strict=True)))
-    rest = _apply(tokenizer, marked, len(marks))
-    pieces: list[str] = []
-    for i, mark in enumerate(marks):
-        piece, found, rest = rest.partition(mark)
-        if not found:
-            raise _UnusableError(f"the chat template does not write messages[{i}] into the conversation.")
-        pieces.append(piece)
-    pieces.append(rest)
-    end_of_turn = pieces[-1].strip()
-    answers: list[_Answer] = []
-    place = 0
-    for i, message in enumerate(example.messages):
-        start = place + len(pieces[i])
-        content = next(
-            (c for c in (message.content, message.content.strip()) if whole.startswith(pieces[i] + c + pieces[i + 1], place)), None
-        )
-        if content is None:
-            raise _UnusableError(f"the chat template rewrites messages[{i}], so that its end cannot be told.")
-        place = start + len(content)
-        if i in turns:
-            answers.append(_Answer(start, place, place + len(end_of_turn) if whole.startswith(end_of_turn, place) else place))
-    return answers
-
-
-def _apply(tokenizer: Any, example: Example, num_messages: int, generation: bool = False) -> str:
-    messages = [{"role": m.role, "content": m.content} for m in example.messages[:num_messages]]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
-    except jinja2.TemplateError as error:
-        raise _UnusableError(f"the chat template refuses it: {error}") from None
-
-
-def _tokenise(rendered: Sequence[_Rendered], tokenizer: Any) -> list[Encoded]:
+def _tokenise(rendered: Sequence[Rendered], tokenizer: Any) -> list[Encoded]:
     encoded: list[Encoded | None] = [None] * len(rendered)
     for special in (False, True):
         chosen = [i for i, r in enumerate(rendered) if r.special_tokens is special]
@@ -228,7 +132,7 @@ def _label_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     return mask
 
 
-def _melted(rendered: Sequence[_Rendered], encoded: Sequence[Encoded], tokenizer: Any, examples: Sequence[Example]) -> list[str]:
+def _melted(rendered: Sequence[Rendered], encoded: Sequence[Encoded], tokenizer: Any, examples: Sequence[Example]) -> list[str]:
     """Reasons for the rows in which the prompt alone, as serving tokenises it, has other ids than it has before its answer."""
     texts: list[str] = []
     places: list[tuple[int, int]] = []

@@ -125,7 +125,7 @@ def _spans_by_marks(example: Example, turns: Sequence[int], tokenizer: Any, whol
 
 
 def apply_template(tokenizer: Any, example: Example, num_messages: int, generation: bool = False) -> str:
-    """The first messages as text; with `generation` the header of the assistant's turn follows. UnusableError: the template refuses them."""
+    """The first messages as text; with `generation` the assistant's header follows. UnusableError: the template refuses them."""
     messages = [{"role": m.role, "content": m.content} for m in example.messages[:num_messages]]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))

@@ -121,7 +121,7 @@ def test_the_adapters_answer_differently(engine: Any, folders: dict[str, Path]) 
 
 
 def test_log_probabilities_of_a_prompt(engine: Any, folders: dict[str, Path]) -> None:
-    """With adapters enabled, stock vLLM's CPU path fails on these (vllm#29955)."""
+    """Their rows of logits are more than the batch has requests (vllm#29955)."""
     from vllm import SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 

@@ -5,9 +5,21 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-VOCABULARY = 512
+VOCABULARY = 258
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A token for each byte: any text becomes ids below VOCABULARY."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    fast.save_pretrained(folder)
 
 
 def make_base(folder: Path, seed: int = 0, vocabulary: int = VOCABULARY) -> Path:
@@ -26,6 +38,7 @@ def make_base(folder: Path, seed: int = 0, vocabulary: int = VOCABULARY) -> Path
         eos_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer(folder)
     return folder
 
 

@@ -26,6 +26,8 @@ class ServingSpec(Spec):
     kv_cache_gib: Annotated[int, Field(ge=1)] = 1
     """Memory of the paged KV cache on a CPU. On a GPU the engine takes what is free."""
     max_request_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
+    cpus_per_replica: Annotated[int, Field(ge=1)] | None = None
+    """Cores reserved for a replica, and threads of its engine. None: every core of the machine but one."""
     enforce_eager: bool = True
     """False compiles the engine's graph: a slower start, faster tokens."""
     engine_args: dict[str, Any] = {}

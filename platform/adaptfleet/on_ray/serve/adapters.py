@@ -1,0 +1,113 @@
+"""Brings a published adapter into the engine: fetched and verified, checked against the engine's limits, loaded."""
+
+import asyncio
+import json
+import logging
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+
+from adaptfleet.contracts.artifacts import Manifest
+from adaptfleet.contracts.errors import CorruptError, NotFoundError, StoreError
+from adaptfleet.on_ray.serve.refusal import RefusalError, unfit_adapter, unknown_model
+from adaptfleet.store.registry import Registry
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+    from vllm.lora.request import LoRARequest
+
+log = logging.getLogger(__name__)
+
+_UNSERVED_MODULES = ("lm_head", "embed_tokens")
+
+
+class Adapters:
+    """The adapters this engine has loaded. One load of a version at a time; a failed one leaves nothing behind and may be tried again."""
+
+    def __init__(self, registry: Registry, cache: Path, engine: "EngineClient", max_rank: int, max_kept: int) -> None:
+        self._registry = registry
+        self._cache = cache
+        self._engine = engine
+        self._max_rank = max_rank
+        self._max_kept = max_kept
+        self._numbers: dict[str, int] = {}
+        self._loaded: OrderedDict[str, LoRARequest] = OrderedDict()
+        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def request_for(self, manifest: Manifest) -> "LoRARequest":
+        """vLLM's request for this version, loading it first where needed. RefusalError says why it cannot be served."""
+        reference = manifest.reference
+        if reference not in self._loaded:
+            async with self._loading[reference]:
+                if reference not in self._loaded:
+                    await self._load(manifest)
+            self._loading.pop(reference, None)
+        request = self._loaded[reference]
+        self._loaded.move_to_end(reference)
+        return request
+
+    async def _load(self, manifest: Manifest) -> None:
+        from vllm.lora.request import LoRARequest
+
+        reference = manifest.reference
+        folder = await asyncio.to_thread(self._fetch, manifest)
+        await asyncio.to_thread(self._check, reference, folder)
+        number = self._numbers.setdefault(reference, len(self._numbers) + 1)
+        request = LoRARequest(lora_name=reference, lora_int_id=number, lora_path=str(folder))
+        try:
+            await self._engine.add_lora(request)
+        except Exception as error:
+            # vLLM hands on whatever its worker raised; where the engine itself died, check_health ends the replica.
+            log.error("%s cannot be loaded from %s: %s", reference, folder, error)
+            raise _broken(reference, "the engine cannot load its weights") from None
+        self._loaded[reference] = request
+        while len(self._loaded) > self._max_kept:
+            self._loaded.popitem(last=False)
+
+    def _fetch(self, manifest: Manifest) -> Path:
+        try:
+            return self._registry.fetch(manifest, self._cache)
+        except NotFoundError:
+            raise unknown_model(f"{manifest.reference} was removed from the registry.") from None
+        except CorruptError as error:
+            log.error("%s", error)
+            raise _broken(manifest.reference, "a file in the store differs from its manifest") from None
+        except StoreError as error:
+            log.error("%s cannot be fetched: %s", manifest.reference, error)
+            raise RefusalError(
+                503,
+                f"{manifest.reference} cannot be fetched from the store now; the endpoint's log says why. Try again.",
+                "store_unavailable",
+            ) from None
+
+    def _check(self, reference: str, folder: Path) -> None:
+        """Before the engine sees it: the checks whose failure deserves a reason."""
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            rank = max(int(config["r"]), *(int(r) for r in (config.get("rank_pattern") or {}).values()), 0)
+            with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
+                names = list(weights.keys())
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            log.error("%s cannot be read from %s: %s", reference, folder, error)
+            raise _broken(reference, "its files are no PEFT adapter in safetensors format") from None
+        if rank > self._max_rank:
+            raise unfit_adapter(
+                f"{reference} has rank {rank}; this endpoint serves ranks up to {self._max_rank} (max_lora_rank). "
+                f"Raise max_lora_rank, or train with a lower rank.",
+                "rank_too_high",
+            )
+        unserved = [module for module in _UNSERVED_MODULES if any(f".{module}." in name for name in names)]
+        if unserved:
+            raise unfit_adapter(
+                f"{reference} changes {' and '.join(unserved)}; adapters of the embedding and the output head are not served beside "
+                f"others. Merge it into its base and serve that as a model.",
+                "unserved_modules",
+            )
+
+
+def _broken(reference: str, reason: str) -> RefusalError:
+    return RefusalError(
+        500, f"{reference} cannot be served: {reason}. Publish it again; other models are not affected.", "adapter_corrupt", "model"
+    )

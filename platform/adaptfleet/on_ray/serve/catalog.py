@@ -1,0 +1,128 @@
+"""Which model ids are served now: the base, and the registry's adapters of this base.
+
+An id is the base's own, or `name`, `name@3`, `name@canary`, each also as `base:name...`. It is looked up at each request in a view of the
+registry at most `VIEW_AGE_S` old: a newly published or promoted adapter needs no restart.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from adaptfleet.contracts.artifacts import Manifest
+from adaptfleet.contracts.errors import ContractError, NotFoundError, StoreError
+from adaptfleet.contracts.names import DEFAULT_ALIAS, Reference, near
+from adaptfleet.on_ray.serve.refusal import RefusalError, unfit_adapter, unknown_model
+from adaptfleet.store.index import Listing
+from adaptfleet.store.registry import Registry
+
+VIEW_AGE_S = 0.25
+_SHOWN_CHARS = 120
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What one request is answered by."""
+
+    requested: str
+    """The id as the client wrote it, which the answer repeats."""
+    canonical: str
+    """`name@version`, or the base's id: unique for these weights, so that caches and metrics never mix two versions."""
+    adapter: Manifest | None
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """An entry of `/v1/models`."""
+
+    id: str
+    created: int
+
+
+class Catalog:
+    def __init__(self, registry: Registry, base_id: str, base_revision: str) -> None:
+        self.base_id = base_id
+        self._registry = registry
+        self._base_revision = base_revision
+        self._view: Mapping[str, Listing] = {}
+        self._view_until = 0.0
+        self._refreshing = asyncio.Lock()
+
+    async def find(self, model: object) -> Served:
+        """What answers to this id now. RefusalError: 404 with near matches, or 400 where the artifact is not an adapter of this base."""
+        if model is None or model == self.base_id:
+            return Served(self.base_id, self.base_id, None)
+        if not isinstance(model, str):
+            raise RefusalError(400, f"model is a {type(model).__name__}; it is a string such as {self.base_id!r}.", "invalid_type", "model")
+        shown = model if len(model) <= _SHOWN_CHARS else model[:_SHOWN_CHARS] + "..."
+        try:
+            reference = Reference.parse(model.removeprefix(f"{self.base_id}:"))
+        except ContractError:
+            raise unknown_model(await self._unknown(shown)) from None
+        listing = (await self._listings()).get(reference.name)
+        version = None if listing is None else (reference.version or listing.aliases.get(reference.alias or DEFAULT_ALIAS))
+        if listing is None or version not in listing.versions:
+            raise unknown_model(await self._unknown(shown))
+        try:
+            manifest = await asyncio.to_thread(self._registry.manifest, reference.name, version)
+        except NotFoundError:
+            raise unknown_model(await self._unknown(shown)) from None
+        except StoreError as error:
+            log.error("the record of %s@%s cannot be read: %s", reference.name, version, error)
+            raise RefusalError(503, f"The record of {shown!r} cannot be read from the store now. Try again.", "store_unavailable") from None
+        self._check(manifest)
+        return Served(model, manifest.reference, manifest)
+
+    async def cards(self) -> list[Card]:
+        """The base, and every published adapter of it by `name` (its alias prod), `name@alias` and `name@version`."""
+        cards = [Card(self.base_id, int(time.time()))]
+        for name, listing in (await self._listings()).items():
+            manifests: dict[int, Manifest] = {}
+            for version in listing.versions:
+                try:
+                    manifest = await asyncio.to_thread(self._registry.manifest, name, version)
+                except StoreError as error:
+                    log.error("the record of %s@%s cannot be read: %s", name, version, error)
+                    continue
+                if manifest.kind == "adapter" and manifest.base_revision == self._base_revision:
+                    manifests[version] = manifest
+            for alias, version in sorted(listing.aliases.items(), key=lambda item: (item[0] != DEFAULT_ALIAS, item[0])):
+                if version in manifests:
+                    known_as = name if alias == DEFAULT_ALIAS else f"{name}@{alias}"
+                    cards.append(Card(known_as, int(manifests[version].created_at.timestamp())))
+            cards += [Card(manifest.reference, int(manifest.created_at.timestamp())) for manifest in manifests.values()]
+        return cards
+
+    def _check(self, manifest: Manifest) -> None:
+        if manifest.kind != "adapter":
+            raise unfit_adapter(
+                f"{manifest.reference} is a {manifest.kind}, not an adapter; this endpoint serves adapters.", "not_an_adapter"
+            )
+        if manifest.base_revision != self._base_revision:
+            revision = (manifest.base_revision or "unknown")[:12]
+            raise unfit_adapter(
+                f"{manifest.reference} was trained on {manifest.base} of revision {revision}; this endpoint serves "
+                f"{self.base_id} of revision {self._base_revision[:12]}. An adapter is served only on its own base.",
+                "wrong_base",
+            )
+
+    async def _unknown(self, shown: str) -> str:
+        known = [card.id for card in await self.cards()]
+        listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+        return f"The model {shown!r} does not exist.{near(shown.removeprefix(f'{self.base_id}:'), known)} Served: {listed}."
+
+    async def _listings(self) -> Mapping[str, Listing]:
+        """The last view is used on when the store cannot be reached: what is loaded stays served."""
+        if time.monotonic() < self._view_until:
+            return self._view
+        async with self._refreshing:
+            if time.monotonic() >= self._view_until:
+                try:
+                    self._view = await asyncio.to_thread(self._registry.snapshot)
+                except StoreError as error:
+                    log.error("the registry cannot be read, its last known state is used: %s", error)
+                self._view_until = time.monotonic() + VIEW_AGE_S
+        return self._view

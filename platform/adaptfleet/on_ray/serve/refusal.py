@@ -1,0 +1,30 @@
+"""What the endpoint answers when it does not do what is asked: OpenAI's error format."""
+
+import json
+
+from adaptfleet.contracts.errors import ServingError
+
+
+class RefusalError(ServingError):
+    """An answer with an error status, raised anywhere before vLLM has the request."""
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+        super().__init__(status, message, code, param)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+
+    def body(self) -> bytes:
+        kind = {401: "authentication_error", 404: "not_found_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        return json.dumps({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}).encode()
+
+
+def unknown_model(message: str) -> RefusalError:
+    return RefusalError(404, message, "model_not_found", "model")
+
+
+def unfit_adapter(message: str, code: str) -> RefusalError:
+    return RefusalError(400, message, code, "model")

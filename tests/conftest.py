@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,10 +36,12 @@ def _link_models(home: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def embedded_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def embedded_home() -> Iterator[Path]:
     """ADAPTFLEET_HOME for the rest of the run, unless `fresh_home` sets another: an empty store beside the embedded model."""
-    home = _link_models(TEST_HOME.parent / "test-runs" / tmp_path_factory.getbasetemp().name)
-    with pytest.MonkeyPatch.context() as patch:
+    TEST_HOME.mkdir(parents=True, exist_ok=True)
+    # Beside the cached model and not in the temporary folder, which may be another file system, without hard links to this one.
+    with tempfile.TemporaryDirectory(prefix="test-run-", dir=TEST_HOME.parent) as folder, pytest.MonkeyPatch.context() as patch:
+        home = _link_models(Path(folder))
         patch.setenv("ADAPTFLEET_HOME", str(home))
         yield home
 

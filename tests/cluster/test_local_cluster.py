@@ -59,7 +59,8 @@ def test_wants_the_token(local_cluster: LocalCluster) -> None:
 def test_a_job_runs_and_is_followed(local_cluster: LocalCluster, tmp_path: Path) -> None:
     (tmp_path / "said.py").write_text(
         "import os, ray\nray.init(log_to_driver=False)\n"
-        "print('answer', os.environ['QUESTION'], ray.get(ray.remote(os.nice).remote(0)), ray.cluster_resources()['CPU'])\n"
+        "niceness = ray.get(ray.remote(lambda: os.nice(0)).remote())\n"
+        "print('answer', os.environ['QUESTION'], niceness, ray.cluster_resources()['CPU'])\n"
     )
     lines: list[str] = []
     assert local_cluster.submit(["python", "said.py"], tmp_path, env={"QUESTION": "six by nine"}, show=lines.append) == 0

@@ -1,0 +1,52 @@
+# Python 3.11 is all that must be there; everything else goes into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+BUILD ?= cpu
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup doctor quickstart serve stop check test test-slow test-all bench bench-serve clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+
+setup:  ## make .venv from requirements/cpu.lock (BUILD=gpu: gpu.lock); instant when it is there
+	@$(PYTHON) requirements/install.py $(BUILD)
+
+doctor: setup  ## what this machine can do, what will be slow, what to mend
+	@$(BIN)/adaptfleet doctor
+
+quickstart: setup  ## from nothing to a live endpoint: two fine-tunes, served and compared with the base
+	@$(BIN)/adaptfleet quickstart
+
+serve: setup  ## the OpenAI-compatible endpoint with everything published, on this machine
+	@$(BIN)/adaptfleet serve
+
+stop:  ## stop what `make serve` started, and nothing else
+	@$(BIN)/adaptfleet stop
+
+check: setup  ## format, lint, types, import rules, guards
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(PYTEST) tests/house
+
+test: setup  ## all tests but the slow ones
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: setup  ## the slow tests
+	$(PYTEST) -m "slow and not gpu"
+
+test-all: test test-slow  ## both
+
+bench: setup  ## every benchmark, into bench/results/*.json
+	$(BIN)/python bench/rescore.py
+	$(BIN)/python bench/serve.py
+
+bench-serve: setup  ## serving: throughput of mixed adapters against no adapter and stock vLLM
+	$(BIN)/python bench/serve.py
+
+clean:  ## remove caches and build output; .venv, ~/.adaptfleet and results stay
+	rm -rf build .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

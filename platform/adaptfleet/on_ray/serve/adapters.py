@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,9 @@ _UNSERVED_MODULES = ("lm_head", "embed_tokens")
 class Adapters:
     """The adapters this engine has loaded. One load of a version at a time; a failed one leaves nothing behind and may be tried again."""
 
-    def __init__(self, registry: Registry, cache: Path, engine: "EngineClient", max_rank: int, max_kept: int) -> None:
+    def __init__(self, registry: Registry, cache: Path, engine: "EngineClient", base_folder: Path, max_rank: int, max_kept: int) -> None:
         self._registry = registry
+        self._base_shapes = _tensor_shapes(*sorted(base_folder.glob("*.safetensors")))
         self._cache = cache
         self._engine = engine
         self._max_rank = max_rank
@@ -87,8 +89,7 @@ class Adapters:
         try:
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             rank = max(int(config["r"]), *(int(r) for r in (config.get("rank_pattern") or {}).values()), 0)
-            with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
-                names = list(weights.keys())
+            shapes = _tensor_shapes(folder / "adapter_model.safetensors")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.error("%s cannot be read from %s: %s", reference, folder, error)
             raise _broken(reference, "its files are no PEFT adapter in safetensors format") from None
@@ -98,13 +99,48 @@ class Adapters:
                 f"Raise max_lora_rank, or train with a lower rank.",
                 "rank_too_high",
             )
-        unserved = [module for module in _UNSERVED_MODULES if any(f".{module}." in name for name in names)]
+        unserved = [module for module in _UNSERVED_MODULES if any(f".{module}." in name for name in shapes)]
         if unserved:
             raise unfit_adapter(
                 f"{reference} changes {' and '.join(unserved)}; adapters of the embedding and the output head are not served beside "
                 f"others. Merge it into its base and serve that as a model.",
                 "unserved_modules",
             )
+        misfits = list(_misfits(shapes, self._base_shapes))
+        if misfits:
+            shown = "; ".join(misfits[:3]) + (f"; and {len(misfits) - 3} more" if len(misfits) > 3 else "")
+            raise unfit_adapter(f"{reference} does not fit its base: {shown}. Train it on this base again.", "misfit_adapter")
+
+
+def _tensor_shapes(*files: Path) -> dict[str, tuple[int, ...]]:
+    """From the files' headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _misfits(adapter: dict[str, tuple[int, ...]], base: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """vLLM copies whatever fits into its padded buffers and leaves out modules it does not know, without a word."""
+    sides = {
+        name: (module.removeprefix("base_model.model."), side)
+        for name in sorted(adapter)
+        for module, dot, side in [name.removesuffix(".weight").rpartition(".lora_")]
+        if dot
+    }
+    # Some checkpoints name their modules otherwise than the model does; where no name agrees, there is nothing to compare.
+    if not any(f"{module}.weight" in base for module, _ in sides.values()):
+        return
+    for name, (module, side) in sides.items():
+        weight_NK = base.get(f"{module}.weight")
+        if weight_NK is None:
+            if not any(tensor.startswith(f"{module}.") for tensor in base):
+                yield f"the base has no module {module}"
+        elif side == "A" and adapter[name][1] != weight_NK[1]:
+            yield f"{module} takes {weight_NK[1]} inputs, its lora_A {adapter[name][1]}"
+        elif side == "B" and adapter[name][0] != weight_NK[0]:
+            yield f"{module} gives {weight_NK[0]} outputs, its lora_B {adapter[name][0]}"
 
 
 def _broken(reference: str, reason: str) -> RefusalError:

@@ -29,7 +29,7 @@ class Endpoint:
         from adaptfleet.on_ray.serve.engine import argv, parse, set_environment, start_engine
 
         self._spec = spec
-        folder = await asyncio.to_thread(resolve_model_folder, spec.model)
+        self._folder = folder = await asyncio.to_thread(resolve_model_folder, spec.model)
         self._revision = await asyncio.to_thread(base_revision, folder)
         set_environment(spec, num_cpus, device().type)
         self._arguments = parse(argv(spec, folder, str(model_dtype(spec.model)).removeprefix("torch.")))
@@ -47,9 +47,9 @@ class Endpoint:
         spec = self._spec
         registry = Registry.open()
         catalog = Catalog(registry, spec.base_id(), self._revision)
-        adapters = Adapters(
-            registry, home() / "cache" / "adapters", self._engine, spec.max_lora_rank, max(spec.max_cpu_loras, spec.max_loras)
-        )
+        kept = max(spec.max_cpu_loras, spec.max_loras)
+        cache = home() / "cache" / "adapters"
+        adapters = Adapters(registry, cache, self._engine, self._folder, spec.max_lora_rank, kept)
         keys = None
         if spec.auth == "api-key":
             log.info("API keys: %s", ensure_keys())

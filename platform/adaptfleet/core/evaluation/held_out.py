@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from adaptfleet.core.data.encoding import Encoded
-from adaptfleet.core.data.examples import Example
-from adaptfleet.core.data.packing import pack_arrays, plan_packs
-from adaptfleet.core.evaluation.answers import AnswerScores, score_answers
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaptfleet.core.data.encoding import Encoded, encode_prompt
+from adaptfleet.core.data.examples import Example
+from adaptfleet.core.data.packing import pack_arrays, plan_packs
+from adaptfleet.core.evaluation.answers import AnswerScores, score_answers
 from adaptfleet.core.packed_forward import PackedBatch, summed_loss
 
 GENERATION_ROWS = 32
@@ -50,13 +50,8 @@ def greedy_answers(
     model.eval()
     answers: list[str] = []
     for begin in range(0, len(examples), GENERATION_ROWS):
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in example.messages[:-1]], tokenize=False, add_generation_prompt=True
-            )
-            for example in examples[begin : begin + GENERATION_ROWS]
-        ]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(model.device)
+        prompts = [encode_prompt(example, tokenizer) for example in examples[begin : begin + GENERATION_ROWS]]
+        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         outputs = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
         )

@@ -1,0 +1,20 @@
+"""Fine-tunes a model and publishes the adapter.
+
+python jobs/finetune.py --config jobs/configs/finetune_address.yaml
+ray job submit --working-dir . -- python jobs/finetune.py --config jobs/configs/finetune_address.yaml
+"""
+
+import sys
+
+from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.contracts.program import run_job
+
+
+def start(job: FinetuneJob) -> None:
+    from adaptfleet.on_ray.train.finetune import run_finetune
+
+    print(run_finetune(job).reference)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(FinetuneJob, __doc__, start))

@@ -1,0 +1,100 @@
+"""The training loop: packed rows, one update a step, the same losses for any number of workers. Knows nothing of Ray."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+
+from adaptfleet.contracts.errors import TrainingError
+from adaptfleet.contracts.jobs import TrainSpec
+from adaptfleet.core.data.encoding import Encoded
+from adaptfleet.core.data.packing import Pack, pack_arrays
+from adaptfleet.core.optimizer import MasterAdamW
+from adaptfleet.core.packed_forward import PackedBatch, summed_loss
+from adaptfleet.core.schedule import warmup_cosine
+from adaptfleet.core.steps import StepPlan
+
+TOKENS_PER_PASS = 4096
+"""Positions of one forward and backward pass; more are split into several passes whose gradients add up."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    step: int
+    """From 1: the number of updates made."""
+    loss: float
+    """Mean cross-entropy of the step's labelled tokens over all workers, in nats."""
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    """Tokens of the step over all workers."""
+
+
+class Trainer:
+    """Trains the parameters that require gradients. With torch.distributed running, gradients are summed over its workers."""
+
+    def __init__(self, model: PeftModel, train: TrainSpec, plan: StepPlan, rows: list[Encoded], pad_id: int) -> None:
+        self.model = model
+        self.train = train
+        self.plan = plan
+        self.rows = rows
+        self.pad_id = pad_id
+        self.optimizer = MasterAdamW(model, train.weight_decay)
+        self.step = 0
+        self.rank, self.num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def run(self) -> Iterator[StepResult]:
+        """Goes on from `self.step` to the plan's end, an update at a time."""
+        self.model.train()
+        while self.step < len(self.plan.steps):
+            yield self._update()
+
+    def _update(self) -> StepResult:
+        packs = self.plan.steps[self.step]
+        # Known to every worker without a message: the mean is over the step's labels, not over each worker's.
+        num_labels = sum(sum(self.rows[i].label_mask[1:]) for pack in packs for i in pack.indices)
+        # Dropout draws anew each step, and a resumed step draws what the first try drew.
+        torch.manual_seed(hash((self.train.seed, self.step, self.rank)))
+        total = torch.zeros((), dtype=torch.float32)
+        mine = self.plan.share(self.step, self.rank, self.num_workers)
+        rows_per_pass = max(1, TOKENS_PER_PASS // self.plan.pack_tokens)
+        for begin in range(0, len(mine), rows_per_pass):
+            loss = summed_loss(self.model, self.batch(mine[begin : begin + rows_per_pass]))
+            (loss / num_labels).backward()
+            total += loss.detach().cpu()
+        if self.num_workers > 1:
+            total = self._sum_over_workers(total)
+        loss = float(total) / num_labels
+        if not math.isfinite(loss):
+            first = packs[0].indices[:5]
+            raise TrainingError(
+                f"the loss of step {self.step + 1} is {loss}; the last checkpoint is kept. "
+                f"The step's first training rows are {list(first)}. "
+                f"Lower train.learning_rate (now {self.train.learning_rate}) or look at these rows."
+            )
+        learning_rate = self.train.learning_rate * warmup_cosine(self.step, len(self.plan.steps), self.train.warmup_fraction)
+        norm = self.optimizer.step(learning_rate, self.train.max_grad_norm)
+        self.step += 1
+        num_tokens = sum(len(self.rows[i].input_ids) for pack in packs for i in pack.indices)
+        return StepResult(self.step, loss, learning_rate, norm, num_tokens)
+
+    def batch(self, packs: list[Pack]) -> PackedBatch:
+        arrays = [pack_arrays(pack, self.rows, self.plan.pack_tokens, self.pad_id) for pack in packs]
+        return PackedBatch.stack(arrays, self.model.device)
+
+    def _sum_over_workers(self, total: torch.Tensor) -> torch.Tensor:
+        """Adds the loss and all gradients over the workers in one message, in float32."""
+        parameters = list(self.optimizer.parameters.values())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([total.to(gradients[0].device).reshape(1), *(g.float().reshape(-1) for g in gradients)])
+        dist.all_reduce(flat)
+        offset = 1
+        for parameter in parameters:
+            part = flat[offset : offset + parameter.numel()].view_as(parameter)
+            # float32 sums stay float32: the optimizer takes them as they are
+            parameter.grad = part.to(parameter.dtype)
+            offset += parameter.numel()
+        return flat[0].cpu()

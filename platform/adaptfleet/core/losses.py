@@ -1,0 +1,48 @@
+"""Cross-entropy on a large vocabulary without its logits. Shapes: N labelled positions, D hidden, V vocabulary."""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812  the name everyone knows
+
+CHUNK_POSITIONS = 512
+"""Positions whose logits are held at once: 512 x 49,152 in float32 is 100 MB."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies; the gradient of the hidden states is formed chunk by chunk in the forward pass, so logits never stay."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor):
+        grad_ND = torch.empty_like(hidden_ND)
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        for begin in range(0, hidden_ND.shape[0], CHUNK_POSITIONS):
+            part = slice(begin, begin + CHUNK_POSITIONS)
+            logits_CV = F.linear(hidden_ND[part], weight_VD, bias_V).float()
+            log_norm_C = torch.logsumexp(logits_CV, dim=-1)
+            labels_C = labels_N[part]
+            total += (log_norm_C - logits_CV.gather(1, labels_C[:, None]).squeeze(1)).sum()
+            # d loss / d logits = softmax - one-hot
+            probs_CV = logits_CV.sub_(log_norm_C[:, None]).exp_()
+            probs_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
+            torch.mm(probs_CV.to(weight_VD.dtype), weight_VD, out=grad_ND[part])
+        ctx.save_for_backward(grad_ND)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor):
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * grads[0].to(grad_ND.dtype), None, None, None
+
+
+def summed_cross_entropy(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor
+) -> torch.Tensor:
+    """Sum over N of -log softmax(hidden W^T + b)[label], in float32. The head (W, b) is frozen and gets no gradient."""
+    if hidden_ND.requires_grad:
+        return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N)
+    total = hidden_ND.new_zeros((), dtype=torch.float32)
+    for begin in range(0, hidden_ND.shape[0], CHUNK_POSITIONS):
+        part = slice(begin, begin + CHUNK_POSITIONS)
+        total += F.cross_entropy(F.linear(hidden_ND[part], weight_VD, bias_V).float(), labels_N[part], reduction="sum")
+    return total

@@ -1,0 +1,1 @@
+"""One module a method: `attach` puts trainable parameters into a frozen base."""

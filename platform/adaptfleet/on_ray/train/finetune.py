@@ -1,0 +1,87 @@
+"""A fine-tune from contract to published adapter."""
+
+import logging
+from importlib import metadata
+
+from adaptfleet.contracts import errors
+from adaptfleet.contracts.artifacts import Draft, Manifest
+from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.on_ray.joining import joined_cluster
+from adaptfleet.on_ray.train.preflight import Prepared, prepare
+from adaptfleet.on_ray.train.run_folder import RunFolder
+from adaptfleet.store.registry import Registry
+
+log = logging.getLogger(__name__)
+LIBRARIES = ("ray", "torch", "transformers", "peft")
+
+
+def run_finetune(job: FinetuneJob) -> Manifest:
+    """Trains and publishes the adapter. A contract whose adapter is published is not trained again; an interrupted run goes on."""
+    registry = Registry.open()
+    published = registry.find(job.fingerprint(), job.publish.name)
+    if published is not None:
+        log.info("%s was made by this very contract; nothing to train", published.reference)
+        if job.publish.alias is not None and job.publish.alias not in registry.aliases(published.name):
+            registry.set_alias(published.name, job.publish.alias, published.version)
+        return published
+    prepared = prepare(job, registry)
+    folder = RunFolder.open(job)
+    _describe(job, prepared, folder)
+    with joined_cluster():
+        # Ray reads its environment when it is imported.
+        from adaptfleet.on_ray.train.fit import fit
+
+        fit(job, folder)
+    failure = folder.read_json("failure.json")
+    if failure:
+        raise getattr(errors, failure["kind"])(failure["message"])
+    return _publish(job, prepared, folder, registry)
+
+
+def _describe(job: FinetuneJob, prepared: Prepared, folder: RunFolder) -> None:
+    """Writes what the workers read and what explains the run."""
+    folder.write_rows("train", prepared.train_rows)
+    folder.write_rows("test", prepared.test_rows)
+    folder.write_examples(prepared.dataset.test)
+    plan = prepared.plan
+    facts = {
+        "base": prepared.base,
+        "base_revision": prepared.base_revision,
+        "data_sha256": prepared.dataset.sha256,
+        "fingerprint": job.fingerprint(),
+        "num_train_rows": len(prepared.train_rows),
+        "num_test_rows": len(prepared.test_rows),
+        "num_steps": len(plan.steps),
+        "num_tokens": plan.num_tokens,
+        "pack_fill": round(plan.fill, 4),
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+    }
+    folder.write_json("facts.json", facts)
+    (folder.path / "failure.json").unlink(missing_ok=True)
+    log.info(
+        "run %s: %d rows to train on, %d held out, %d updates of %d packed rows (%.0f%% full), %s tokens",
+        job.run_name(), facts["num_train_rows"], facts["num_test_rows"], len(plan.steps), job.train.packs_per_step,
+        100 * plan.fill, f"{plan.num_tokens:,}",
+    )  # fmt: skip
+
+
+def _publish(job: FinetuneJob, prepared: Prepared, folder: RunFolder, registry: Registry) -> Manifest:
+    evaluation = folder.read_json("evaluation.json") or {}
+    progress = folder.read_json("progress.json") or {}
+    metrics = {key: float(value) for key, value in evaluation.items() if key != "step"}
+    last = folder.last_metrics("train")
+    metrics |= {"train_loss": last["loss"], "train_tokens_per_s": last["tokens_per_s"], "num_steps": float(progress["num_steps"])}
+    draft = Draft(
+        kind="adapter",
+        name=job.publish.name,
+        base=prepared.base,
+        base_revision=prepared.base_revision,
+        method=job.method.model_dump(mode="json"),
+        parents=(f"data:{job.data.train}:{prepared.dataset.sha256[:16]}",),
+        contract_fingerprint=job.fingerprint(),
+        metrics=metrics,
+        libraries=(folder.read_json("facts.json") or {})["libraries"],
+    )
+    manifest = registry.publish(draft, folder.adapter, job.publish.alias)
+    log.info("published %s: %s", manifest.reference, ", ".join(f"{key} {value:.4g}" for key, value in manifest.metrics.items()))
+    return manifest

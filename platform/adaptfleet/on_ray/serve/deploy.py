@@ -20,7 +20,10 @@ def deploy(spec: ServingSpec, host: str = "127.0.0.1", port: int = 8000, timeout
     """Runs the endpoint and returns its base URL, without `/v1`, once it answers. ServingError says why it did not start."""
     _connect()
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port))
-    serve.run(build(spec), name=APPLICATION, route_prefix="/", blocking=False, _local_testing_mode=False)
+    try:
+        serve.run(build(spec), name=APPLICATION, route_prefix="/", blocking=False)
+    except RuntimeError as error:
+        raise ServingError(f"the endpoint did not start: {error} {_details()}") from None
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     _await_healthy(url, timeout_s)
     return url
@@ -39,13 +42,18 @@ def _connect() -> None:
         ray.init(address="auto", namespace="serve", log_to_driver=False)
 
 
+def _details() -> str:
+    """What Serve says of the application; the replica's own error is in it."""
+    state = serve.status().applications.get(APPLICATION)
+    return "" if state is None else "; ".join([state.message, *(part.message for part in state.deployments.values())])
+
+
 def _await_healthy(url: str, timeout_s: float) -> None:
     until = time.monotonic() + timeout_s
     while True:
         state = serve.status().applications.get(APPLICATION)
         if state is not None and state.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            detail = "; ".join([state.message, *(part.message for part in state.deployments.values())])
-            raise ServingError(f"the endpoint did not start: {detail}")
+            raise ServingError(f"the endpoint did not start: {_details()}")
         try:
             with urllib.request.urlopen(f"{url}/healthz", timeout=5) as answer:
                 if answer.status == 200:

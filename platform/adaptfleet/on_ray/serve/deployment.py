@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -10,6 +11,7 @@ from ray.serve import Application
 
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.serving import ServingSpec
+from adaptfleet.on_ray.serve.engine import argv
 
 APPLICATION = "adaptfleet"
 _WATCH_S = 0.25
@@ -26,7 +28,7 @@ class Endpoint:
     async def __init__(self, spec: ServingSpec, num_cpus: int) -> None:  # type: ignore[misc]
         from adaptfleet.core.models.device import device, model_dtype
         from adaptfleet.core.models.loading import base_revision, resolve_model_folder
-        from adaptfleet.on_ray.serve.engine import argv, parse, set_environment, start_engine
+        from adaptfleet.on_ray.serve.engine import parse, set_environment, start_engine
 
         self._spec = spec
         self._folder = folder = await asyncio.to_thread(resolve_model_folder, spec.model)
@@ -77,7 +79,8 @@ class Endpoint:
 
 
 def build(spec: ServingSpec) -> Application:
-    """The application for `serve.run`."""
+    """The application for `serve.run`. ServingError, before anything is started, where `engine_args` cannot be."""
+    argv(spec, Path(), "auto")
     num_cpus = spec.cpus_per_replica or max(1, len(os.sched_getaffinity(0)) - 1)
     options: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": _places()}}
     num_gpus = _gpus(spec)

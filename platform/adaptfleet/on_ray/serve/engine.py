@@ -60,7 +60,7 @@ def set_environment(spec: ServingSpec, num_cpus: int, device_type: str) -> None:
 
 
 def argv(spec: ServingSpec, folder: Path, dtype: str) -> list[str]:
-    """The spec in vLLM's own flags."""
+    """The spec in vLLM's own flags. ServingError where `engine_args` sets what is not its to set."""
     flags: dict[str, Any] = {
         "model": str(folder),
         "served_model_name": spec.base_id(),

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 class Spec(BaseModel):
     """A frozen, strict spec: an unknown key, a wrong type or an impossible combination is an error, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits of the SHA-256 of the spec as canonical JSON: equal specs have equal fingerprints."""

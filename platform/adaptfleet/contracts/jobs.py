@@ -8,7 +8,7 @@ from adaptfleet.contracts.base import Spec
 from adaptfleet.contracts.data import DataSpec
 from adaptfleet.contracts.methods import Lora, Method
 from adaptfleet.contracts.model import ModelSpec
-from adaptfleet.contracts.names import DEFAULT_ALIAS, SafeName
+from adaptfleet.contracts.names import DEFAULT_ALIAS, SafeAlias, SafeName
 
 
 class TrainSpec(Spec):
@@ -57,7 +57,7 @@ class ClusterSpec(Spec):
 class PublishSpec(Spec):
     name: SafeName
     """The adapter's name in the registry and on the endpoint."""
-    alias: SafeName | None = DEFAULT_ALIAS
+    alias: SafeAlias | None = DEFAULT_ALIAS
     """The alias moved to the new version; None moves none."""
 
 

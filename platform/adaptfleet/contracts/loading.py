@@ -48,6 +48,8 @@ def load_contract(kind: type[S], path: str | Path, overrides: Sequence[str] = ()
         raise ContractError(f"cannot read the contract {file}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ContractError(f"the contract {file} is no UTF-8 text.") from None
+    except ValueError as error:  # a path with a null byte
+        raise ContractError(f"cannot read the contract {str(file)!r}: {error}.") from None
     return parse_contract(kind, text, overrides, origin=str(file))
 
 
@@ -72,7 +74,13 @@ def parse_contract(kind: type[S], text: str, overrides: Sequence[str] = (), orig
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, _StrictLoader)
+    """The values, or YAMLError or ContractError. PyYAML lets Python's own errors through: `2001-99-99`, `[a]: b`, `!!int ''`."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except RecursionError:
+        raise ContractError("it is nested too deeply to be a contract.") from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ContractError(f"a value in it cannot be read: {error}.") from None
 
 
 def _lay_over(values: dict[str, Any], override: str) -> None:

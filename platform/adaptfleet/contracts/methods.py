@@ -14,7 +14,7 @@ class Lora(Spec):
 
     kind: Literal["lora"] = "lora"
     rank: Annotated[int, Field(ge=1, le=512)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Annotated[int, Field(ge=1)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = (ALL_LINEAR,)
     """Names of linear modules, such as `q_proj`; `all-linear`: every linear module but the output head."""

@@ -36,7 +36,15 @@ def _for_pydantic(value: str) -> str:
         raise ValueError(str(error)) from None
 
 
+def _alias_for_pydantic(value: str) -> str:
+    try:
+        return check_alias(value)
+    except ContractError as error:
+        raise ValueError(str(error)) from None
+
+
 SafeName = Annotated[str, AfterValidator(_for_pydantic)]
+SafeAlias = Annotated[str, AfterValidator(_alias_for_pydantic)]
 
 
 def near(wanted: str, known: Iterable[str]) -> str:

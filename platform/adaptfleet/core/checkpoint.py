@@ -23,9 +23,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     try:
         progress = json.loads((folder / "progress.json").read_text())
         if progress.pop("sha256") != _digest(folder / "state.safetensors"):
-            raise TrainingError(
-                f"the checkpoint {folder} is torn: state.safetensors is not what progress.json says. Remove it to go on from an earlier one."
-            )
+            raise ValueError("state.safetensors is not what progress.json says")
     except (OSError, ValueError, KeyError) as error:
         raise TrainingError(f"the checkpoint {folder} is torn: {error}. Remove it to go on from an earlier one.") from None
     return load_file(folder / "state.safetensors"), progress

@@ -11,5 +11,5 @@ def export_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
     The config names the base by `base_id`, not by a path of the machine that trained it.
     """
     model.peft_config["default"].base_model_name_or_path = base_id
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)

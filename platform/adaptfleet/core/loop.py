@@ -58,13 +58,13 @@ class Trainer:
         num_labels = sum(sum(self.rows[i].label_mask[1:]) for pack in packs for i in pack.indices)
         # Dropout draws anew each step, and a resumed step draws what the first try drew.
         torch.manual_seed(hash((self.train.seed, self.step, self.rank)))
-        total = torch.zeros((), dtype=torch.float32)
+        total = torch.zeros(())
         mine = self.plan.share(self.step, self.rank, self.num_workers)
         rows_per_pass = max(1, TOKENS_PER_PASS // self.plan.pack_tokens)
         for begin in range(0, len(mine), rows_per_pass):
-            loss = summed_loss(self.model, self.batch(mine[begin : begin + rows_per_pass]))
-            (loss / num_labels).backward()
-            total += loss.detach().cpu()
+            summed = summed_loss(self.model, self.batch(mine[begin : begin + rows_per_pass]))
+            (summed / num_labels).backward()
+            total += summed.detach().cpu()
         if self.num_workers > 1:
             total = self._sum_over_workers(total)
         loss = float(total) / num_labels

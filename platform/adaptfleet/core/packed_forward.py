@@ -49,7 +49,9 @@ def segment_mask(segment_ids_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 
 def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
 def hidden_states(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> torch.Tensor:

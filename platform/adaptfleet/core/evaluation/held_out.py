@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -48,11 +49,12 @@ def greedy_answers(
 ) -> list[str]:
     """The model's answer to each example's messages but the last, in the examples' order."""
     model.eval()
+    generating: Any = model
     answers: list[str] = []
     for begin in range(0, len(examples), GENERATION_ROWS):
         prompts = [encode_prompt(example, tokenizer) for example in examples[begin : begin + GENERATION_ROWS]]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-        outputs = model.generate(
+        outputs = generating.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
         )
         answers += tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

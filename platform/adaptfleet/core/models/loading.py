@@ -98,4 +98,5 @@ def load_base(spec: ModelSpec, dtype: torch.dtype | None = None) -> tuple[PreTra
     model.requires_grad_(False)
     # The cache hides packed rows from transformers' mask, and one row's tokens would attend to another's.
     model.config.use_cache = False
-    return model.to(device()).eval(), tokenizer, base_revision(folder)
+    torch.nn.Module.to(model, device())
+    return model.eval(), tokenizer, base_revision(folder)

@@ -31,6 +31,9 @@ class Prepared:
 def prepare(job: FinetuneJob, registry: Registry) -> Prepared:
     """Model, data and method held against each other. Faults of the model and of the data are reported together."""
     offenders: list[AdaptfleetError] = []
+    base_id = ServingSpec(model=job.model).base_id()
+    if job.publish.name == base_id:
+        offenders.append(ContractError(f"publish.name is {base_id!r}, the base's own id on the endpoint; give the adapter another name."))
     folder = resolve_model_folder(job.model)
     tokenizer = load_tokenizer(folder, job.model.trust_remote_code)
     try:
@@ -53,7 +56,7 @@ def prepare(job: FinetuneJob, registry: Registry) -> Prepared:
     if offenders:
         raise type(offenders[0])("\n".join(map(str, offenders)))
     plan = plan_steps(train_rows, job.train)
-    return Prepared(ServingSpec(model=job.model).base_id(), base_revision(folder), dataset, train_rows, test_rows, plan)
+    return Prepared(base_id, base_revision(folder), dataset, train_rows, test_rows, plan)
 
 
 def _check_method(folder: Path, job: FinetuneJob) -> None:

@@ -41,6 +41,7 @@ class _FinetuneWorker:
         torch.set_num_threads(min(num_cpus, os.cpu_count() or 1))
         self.job = job
         self.folder = folder
+        self.facts = folder.read_json("facts.json") or {}
         self.is_first = ray.train.get_context().get_world_rank() == 0
         self.rows = folder.read_rows("train")
         self.test_rows = folder.read_rows("test")[: job.evaluation.max_loss_rows]
@@ -124,10 +125,11 @@ class _FinetuneWorker:
         self._say(phase="exporting")
         unfinished = self.folder.path / ".adapter"
         shutil.rmtree(unfinished, ignore_errors=True)
-        export_adapter(self.model, unfinished, self.folder.read_json("facts.json")["base"])
+        export_adapter(self.model, unfinished, self.facts["base"])
         shutil.rmtree(self.folder.adapter, ignore_errors=True)
         unfinished.rename(self.folder.adapter)
 
     def _say(self, **values: Any) -> None:
         if self.is_first:
-            self.folder.write_json("progress.json", {"step": self.trainer.step, "num_steps": len(self.plan.steps), **values})
+            place = {"step": self.trainer.step, "num_steps": len(self.plan.steps), "pid": os.getpid()}
+            self.folder.write_json("progress.json", {**place, **values})

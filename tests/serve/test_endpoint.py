@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -463,3 +464,32 @@ def test_the_store_may_be_away_for_what_is_loaded(endpoint: Endpoint) -> None:
         shutil.move(store.with_name("away"), store)
     time.sleep(0.5)
     assert endpoint.answer("streets") == before
+
+
+def test_a_dead_engine_ends_its_replica_and_another_takes_over(endpoint: Endpoint) -> None:
+    """Last in this module: it starts the engine anew."""
+    before = endpoint.answer("streets")
+    engines = _engines(endpoint)
+    assert len(engines) == 1
+    engines[0].kill()
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        time.sleep(1)
+        try:
+            if set(_engines(endpoint)) - set(engines) and httpx.get(f"{endpoint.url}/healthz", timeout=5).status_code == 200:
+                break
+        except httpx.HTTPError:
+            continue
+    assert endpoint.answer("streets") == before
+
+
+def _engines(endpoint: Endpoint) -> list[psutil.Process]:
+    """vLLM's engine processes of this test's own cluster, by its home."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "EngineCore" in " ".join(process.cmdline()) and process.environ().get("ADAPTFLEET_HOME") == os.environ["ADAPTFLEET_HOME"]:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found

@@ -1,6 +1,5 @@
 """A real vLLM engine with the plug-in: each request's greedy answer is that of transformers and PEFT, alone and in mixed batches."""
 
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.serve import engines
 from tests.serve.greedy import FLOAT32, disagreements
 from tests.serve.tiny_llama import VOCABULARY, load_adapted, make_adapter, make_base
 
@@ -18,7 +18,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "mlp-r8": {"rank": 8, "targets": ("gate_proj", "down_proj")},
     "value-r1": {"rank": 1, "targets": ("v_proj",)},
 }
-NUM_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -29,42 +28,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"base": base, **made}
 
 
-@pytest.fixture(scope="module")
-def engine(folders: dict[str, Path]) -> Iterator[Any]:
+@pytest.fixture(scope="module", params=["eager", "compiled"])
+def engine(folders: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Any]:
     """Three slots for five adapters, so that slots change hands within the tests."""
-    settings = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "OMP_NUM_THREADS": "1",
-    }
-    before = {key: os.environ.get(key) for key in settings}
-    os.environ.update(settings)
-    try:
-        from vllm import LLM
-
-        llm = LLM(
-            str(folders["base"]),
-            dtype="float32",
-            enable_lora=True,
-            max_loras=3,
-            max_cpu_loras=len(ADAPTERS),
-            max_lora_rank=16,
-            max_model_len=512,
-            max_num_seqs=16,
-            enforce_eager=True,
-            skip_tokenizer_init=True,
-        )
+    with engines.engine(
+        folders["base"],
+        dtype="float32",
+        enforce_eager=request.param == "eager",
+        max_loras=3,
+        max_cpu_loras=len(ADAPTERS),
+        max_lora_rank=16,
+        max_model_len=512,
+        max_num_seqs=16,
+    ) as llm:
         yield llm
-        llm.llm_engine.engine_core.shutdown()
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key, None)
-            if value is not None:
-                os.environ[key] = value
 
 
 def _prompt(seed: int, length: int) -> list[int]:
@@ -73,18 +50,7 @@ def _prompt(seed: int, length: int) -> list[int]:
 
 
 def _answers(engine: Any, folders: dict[str, Path], requests: list[tuple[str, list[int]]]) -> list[list[int]]:
-    from vllm import SamplingParams, TokensPrompt
-    from vllm.lora.request import LoRARequest
-
-    outputs = engine.generate(
-        [TokensPrompt(prompt_token_ids=prompt) for _, prompt in requests],
-        SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False),
-        lora_request=[
-            None if name == "base" else LoRARequest(name, 1 + list(ADAPTERS).index(name), str(folders[name])) for name, _ in requests
-        ],
-        use_tqdm=False,
-    )
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return engines.greedy_answers(engine, requests, {name: folders[name] for name in ADAPTERS})
 
 
 def _check(folders: dict[str, Path], requests: list[tuple[str, list[int]]], answers: list[list[int]]) -> None:

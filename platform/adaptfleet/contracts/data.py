@@ -26,6 +26,6 @@ class DataSpec(Spec):
     def _test_needs_a_file(self) -> "DataSpec":
         if self.test is not None and self.train in EMBEDDED_DATASETS:
             raise ValueError(f"test is {self.test!r}, but {self.train!r} has a held-out part of its own; leave test out")
-        if "test_fraction" in self.model_fields_set and (self.test is not None or self.train in EMBEDDED_DATASETS):
+        if self.test_fraction != 0.1 and (self.test is not None or self.train in EMBEDDED_DATASETS):
             raise ValueError("test_fraction is given, but the held-out rows are given too, so it would do nothing; leave it out")
         return self

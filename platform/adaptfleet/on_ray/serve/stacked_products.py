@@ -10,6 +10,7 @@ Shape suffixes: T tokens (rows), S adapters' slots, R ranks (columns of the stac
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm import _custom_ops as vllm_ops
@@ -17,7 +18,7 @@ from vllm import _custom_ops as vllm_ops
 _PRIMITIVES_KEPT = 32
 """oneDNN primitives (one for each number of rows) cached with each packed weight; vLLM's own linear layers keep as many."""
 
-_packed_product = torch.ops._C.onednn_mm.default if vllm_ops._supports_onednn else None
+_packed_product: Any = torch.ops._C.onednn_mm.default if vllm_ops._supports_onednn else None
 
 
 class Product:

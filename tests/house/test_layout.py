@@ -108,7 +108,8 @@ def test_readme_commands_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for file in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         text = file.read_text(encoding="utf-8")
-        code = "\n".join(re.findall(r"```.*?\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text))
+        fenced = re.findall(r"```.*?\n(.*?)```", text, re.DOTALL)
+        code = "\n".join([*fenced, *re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))])
         named = set(re.findall(r"(?:^|[\s;&(])make ([a-z][a-z-]*)", code, re.MULTILINE))
         assert named <= targets, f"{file.name}: {sorted(named - targets)}"
         commands = set(re.findall(r"(?:^|[\s/;&(])adaptfleet ([a-z][a-z-]*)", code, re.MULTILINE))

@@ -15,7 +15,7 @@ from adaptfleet.core.data.examples import Example, Message
 from adaptfleet.core.evaluation.answers import AnswerScores, score_answers
 
 CONCURRENCY = 16
-MAX_ANSWER_TOKENS = 120
+MAX_ANSWER_TOKENS = 96
 _TIMEOUT_S = 900.0
 
 

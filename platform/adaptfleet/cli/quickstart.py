@@ -208,7 +208,13 @@ def _submit(cluster: "LocalCluster", repository: Path, config: str) -> None:
     from adaptfleet.cli.submit import places
 
     argv = ["python", "jobs/finetune.py", "--config", config]
-    cluster.submit(argv, repository, env=places(), show=lambda line: print(f"  | {line}", flush=True))
+    cluster.submit(argv, repository, env=places(), show=_show)
+
+
+def _show(line: str) -> None:
+    """The job's own lines; Ray's records of how it places workers stay in the logs."""
+    if line.strip() and not line.startswith(("(", "\x1b", "20", "[20")):
+        print(f"  | {line}", flush=True)
 
 
 def _deploy(cluster: "LocalCluster", num_cores: int) -> tuple[str, str]:

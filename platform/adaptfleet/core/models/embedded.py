@@ -120,7 +120,11 @@ def _convert(gguf: Path, made: Path) -> None:
     # Heavy, and not needed where the folder exists.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    from transformers.utils import logging as transformers_logging
 
+    if not sys.stderr.isatty():
+        # In a log, each step of a bar is a line.
+        transformers_logging.disable_progress_bar()
     where, file = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(

@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
         from adaptfleet.cli.fetch import fetch
 
         fetch((*EMBEDDED_MODELS, *EMBEDDED_DATASETS))
-    # While the endpoint idles its cores are the training's, so they are counted twice.
-    endpoint_cores = min(cores, MAX_ENDPOINT_CORES)
+    # While the endpoint idles its cores are the training's, so they are counted twice. One core is left to the proxy and to the clients:
+    # an engine whose threads wait for each other on busy cores is several times slower than with one thread less.
+    endpoint_cores = min(max(1, cores - 1), MAX_ENDPOINT_CORES)
     with clock.phase("cluster", "local Ray cluster"):
         cluster = LocalCluster.start(cores + endpoint_cores, record_file=default_record(), logs_to=home() / "logs")
     with cluster:

@@ -11,12 +11,19 @@ RESULTS = Path(__file__).parent / "results" / "quickstart.json"
 ANSWERS = Path(__file__).parent / "results" / "raw" / "quickstart_answers.jsonl"
 
 
+class Pairs(list):
+    """A JSON object as it stands in the text, repeated keys and all."""
+
+
 def as_object(text: str) -> dict[str, str] | None:
+    """None for what is no JSON object, and for one with a key given twice: which of its values is meant cannot be told."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=Pairs)
     except ValueError:
         return None
-    return value if isinstance(value, dict) else None
+    if not isinstance(value, Pairs) or len({key for key, _ in value}) < len(value):
+        return None
+    return dict(value)
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from adaptfleet.contracts.artifacts import Draft, Manifest
 from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.contracts.serving import ServingSpec
-from tests.serve.greedy import FLOAT32, disagreements
+from tests.serve.greedy import disagreements
 from tests.serve.tiny_llama import VOCABULARY, load_adapted, make_adapter, make_base
 
 MAX_LEN = 256
@@ -114,7 +114,7 @@ def _free_port() -> int:
 
 def _wrong(endpoint: Endpoint, adapter: Path | None, prompt: str, answer: list[int]) -> list[str]:
     ids = AutoTokenizer.from_pretrained(endpoint.base)(prompt).input_ids
-    return disagreements(load_adapted(endpoint.base, adapter), ids, answer, FLOAT32)
+    return disagreements(load_adapted(endpoint.base, adapter), ids, answer)
 
 
 # what is served, and under which names

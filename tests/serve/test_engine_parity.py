@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.serve import engines
-from tests.serve.greedy import FLOAT32, disagreements
+from tests.serve.greedy import disagreements
 from tests.serve.tiny_llama import VOCABULARY, load_adapted, make_adapter, make_base
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def _check(folders: dict[str, Path], requests: list[tuple[str, list[int]]], answ
         reference = load_adapted(folders["base"], None if name == "base" else folders[name])
         for (asked, prompt), answer in zip(requests, answers, strict=True):
             if asked == name:
-                wrong += [f"{name}, prompt of {len(prompt)}: {line}" for line in disagreements(reference, prompt, answer, FLOAT32)]
+                wrong += [f"{name}, prompt of {len(prompt)}: {line}" for line in disagreements(reference, prompt, answer)]
     assert not wrong, "\n".join(wrong)
 
 

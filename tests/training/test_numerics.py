@@ -157,3 +157,13 @@ def test_the_exported_adapter_is_what_was_trained(tmp_path: Path) -> None:
     tokens = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(loaded.eval()(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
+
+
+def test_every_worker_draws_the_same_adapter() -> None:
+    def drawn(seed: int, ambient: int) -> torch.Tensor:
+        model = make_model("llama")
+        torch.manual_seed(ambient)
+        return torch.cat([p.detach().flatten() for p in attach_lora(model, Lora(rank=4), seed).parameters() if p.requires_grad])
+
+    assert torch.equal(drawn(3, ambient=1), drawn(3, ambient=2))
+    assert not torch.equal(drawn(3, ambient=1), drawn(4, ambient=1))

@@ -136,7 +136,7 @@ def cpu_finding(cpuinfo: str) -> Finding:
 def compiler() -> Finding:
     found = shutil.which("g++") or shutil.which("clang++")
     if found is None:
-        return Finding("C++ compiler", "none", "slow", "With one, long runs train about 1.3 times as fast: `apt install g++`.")
+        return Finding("C++ compiler", "none", "slow", "With one, long runs train up to 1.3 times as fast: `apt install g++`.")
     return Finding("C++ compiler", found)
 
 

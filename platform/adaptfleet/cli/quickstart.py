@@ -117,7 +117,6 @@ def _compare(api: Any, jobs: dict[str, FinetuneJob], clock: "_Clock") -> tuple[d
         ("base", base, data.test, ()),
         ("base_8shot", base, data.test, data.train[:NUM_SHOTS]),
         ("adapter", adapter, data.test, ()),
-        ("names_base_8shot", base, names_data.test[:MAX_NAMES], names_data.train[:NUM_SHOTS]),
         ("names_adapter", names_adapter, names_data.test[:MAX_NAMES], ()),
     )
     answers: list[questions.Answer] = []

@@ -21,5 +21,5 @@ class Lora(Spec):
     use_rslora: bool = False
 
 
-Method = Annotated[Lora, Field(discriminator=None)]
+Method = Lora
 """A second variant makes this `Annotated[Lora | Other, Field(discriminator="kind")]`."""

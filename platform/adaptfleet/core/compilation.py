@@ -22,14 +22,15 @@ def should_compile(setting: str, num_tokens: int) -> tuple[bool, str]:
     if setting != "auto":
         return setting == "on", f"train.compile is {setting!r}"
     if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("clang++") is None:
-        return False, "no C++ compiler (g++) is installed; with one, training is about 1.3 times as fast"
+        return False, "no C++ compiler (g++) is installed; with one, training can be up to 1.3 times as fast"
     if num_tokens < MIN_TOKENS:
         return False, f"{num_tokens:,} tokens are too few for compiling to pay"
     return True, f"{num_tokens:,} tokens"
 
 
 def compile_layers(model: PreTrainedModel | PeftModel) -> None:
-    """Compiles each layer's forward. The layers share their code and differ in weights alone, so the graph is made once.
+    """Compiles each layer's forward. The layers share their code and differ in weights alone, so the graph is made once, and
+    once more for the first layer, whose input needs no gradient.
 
     Layers know their number (`layer_idx`), which only a cache reads; packed training has none.
     """

@@ -1,5 +1,6 @@
 """LoRA through peft, with every target and rank checked before anything is attached."""
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ def resolve_targets(model: PreTrainedModel, method: Lora) -> list[str]:
     return wanted
 
 
-def attach_lora(model: PreTrainedModel, method: Lora) -> PeftModel:
+def attach_lora(model: PreTrainedModel, method: Lora, seed: int = 0) -> PeftModel:
     """Adapters with B = 0, so that the model computes what the base computes; in the base's type.
 
     peft would hold them in float32 beside a bfloat16 base and cast every activation; here the optimizer holds the float32 copies.
@@ -53,4 +54,7 @@ def attach_lora(model: PreTrainedModel, method: Lora) -> PeftModel:
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    # A is drawn at random: the same for every worker, and again after a kill.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -1,6 +1,6 @@
 """Everything about a fine-tune that can be wrong is found here, before a worker starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.serving import ServingSpec
 from adaptfleet.core.data.datasets import Dataset, load_dataset
 from adaptfleet.core.data.encoding import Encoded, encode_all
+from adaptfleet.core.data.sample_order import epoch_order
 from adaptfleet.core.methods.lora import resolve_targets
 from adaptfleet.core.models.loading import base_revision, load_tokenizer, resolve_model_folder
 from adaptfleet.core.steps import StepPlan, plan_steps
@@ -46,6 +47,8 @@ def prepare(job: FinetuneJob, registry: Registry) -> Prepared:
 
     try:
         dataset = load_dataset(job.data, fetch)
+        # A run may look at the first held-out rows alone. Files tend to be sorted, so these would be no fair sample.
+        dataset = replace(dataset, test=[dataset.test[i] for i in epoch_order(len(dataset.test), job.data.seed, epoch=0)])
         limit = job.train.pack_tokens
         train_rows = encode_all(dataset.train, tokenizer, limit, job.train.truncate)
         test_rows = encode_all(dataset.test, tokenizer, limit, job.train.truncate)

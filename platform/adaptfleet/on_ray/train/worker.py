@@ -50,7 +50,7 @@ class _FinetuneWorker:
         base, self.tokenizer, _ = load_base(job.model)
         longest = max(len(row.input_ids) for row in [*self.rows, *self.test_rows])
         check_packable(base, len(self.tokenizer), job.train.pack_tokens, longest)
-        self.model = attach_lora(base, job.method)
+        self.model = attach_lora(base, job.method, job.train.seed)
         self.trainer = Trainer(self.model, job.train, self.plan, self.rows, self.tokenizer.pad_token_id)
 
     def run(self) -> None:

@@ -1,0 +1,197 @@
+"""`jobs/finetune.py` on a real cluster: through `ray job submit`, through kills, on two workers, and with what cannot be."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.contracts.loading import parse_contract
+from adaptfleet.store.registry import Registry
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LIMIT_S = 400
+Job = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def contract(tiny_base: Path, sums_file: Path) -> Callable[..., Job]:
+    def make(name: str, **sections: dict[str, Any]) -> Job:
+        job: Job = {
+            "job": "finetune",
+            "model": {"source": str(tiny_base), "dtype": "float32"},
+            "data": {"train": str(sums_file)},
+            "method": {"rank": 4},
+            "train": {"epochs": 2, "pack_tokens": 64, "packs_per_step": 2, "learning_rate": 0.01, "compile": "off"},
+            "evaluation": {"max_generated_rows": 4, "max_new_tokens": 12},
+            "checkpoint": {"every_steps": 5},
+            "cluster": {"workers": 1, "cpus_per_worker": 1},
+            "publish": {"name": name},
+        }
+        for section, values in sections.items():
+            job[section] = {**job.get(section, {}), **values}
+        return job
+
+    return make
+
+
+def write(job: Job, folder: Path) -> Path:
+    file = folder / "job.yaml"
+    file.write_text(yaml.safe_dump(job))
+    return file
+
+
+def command(file: Path) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "jobs" / "finetune.py"), "--config", str(file)]
+
+
+def run(job: Job, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(write(job, folder)), capture_output=True, text=True, timeout=LIMIT_S, cwd=REPOSITORY, check=False)
+
+
+def run_folder(job: Job) -> Path:
+    spec = parse_contract(FinetuneJob, yaml.safe_dump(job))
+    return Path(os.environ["ADAPTFLEET_HOME"]) / "runs" / spec.run_name()
+
+
+def losses(job: Job) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_folder(job) / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, len(train) + 1))
+    return {line["step"]: line["loss"] for line in train}
+
+
+def wait_for_step(job: Job, step: int, process: subprocess.Popen[str]) -> int:
+    """Waits until the run has made a step; returns the training worker's process id."""
+    progress_file = run_folder(job) / "progress.json"
+    end = time.monotonic() + LIMIT_S
+    while time.monotonic() < end:
+        if progress_file.exists():
+            progress = json.loads(progress_file.read_text())
+            if progress["step"] >= step:
+                return int(progress["pid"])
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {LIMIT_S} s")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_cluster: Any, contract: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A run submitted as users do, which the others are compared with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = contract("sums")
+    lines: list[str] = []
+    argv = ["python", "jobs/finetune.py", "--config", str(write(job, folder))]
+    status = local_cluster.submit(argv, REPOSITORY, show=lines.append, check=False)
+    assert status == 0, "\n".join(lines[-40:])
+    return job
+
+
+def test_a_submitted_job_trains_and_publishes(undisturbed: Job) -> None:
+    manifest = Registry.open().resolve("sums")
+    curve = losses(undisturbed)
+    assert curve[len(curve)] < 0.7 * curve[1]
+    assert {"eval_loss", "eval_perplexity", "exact_match", "field_f1", "valid_json", "train_loss", "train_tokens_per_s"} <= set(
+        manifest.metrics
+    )
+    assert set(manifest.files) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert manifest.base == "tiny-llama" and manifest.base_revision and len(manifest.base_revision) == 64
+    assert manifest.method is not None and manifest.method["rank"] == 4
+    folder = run_folder(undisturbed)
+    assert {"contract.json", "facts.json", "metrics.jsonl", "tensorboard", "adapter"} <= {f.name for f in folder.iterdir()}
+
+
+def test_the_same_contract_is_not_trained_again(undisturbed: Job, tmp_path: Path) -> None:
+    again = run(undisturbed, tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "nothing to train" in again.stdout
+    assert Registry.open().versions("sums") == [1]
+
+
+def test_two_workers_have_the_losses_of_one(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
+    job = contract("sums-two", cluster={"workers": 2})
+    result = run(job, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+    one, two = losses(undisturbed), losses(job)
+    assert one.keys() == two.keys()
+    # gradients are summed in another order; AdamW divides by their size, so the difference grows a little with each step
+    assert max(abs(one[s] - two[s]) / one[s] for s in one) < 2e-3
+    assert max(abs(one[s] - two[s]) / one[s] for s in list(one)[:5]) < 1e-5
+
+
+def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
+    job = contract("sums-worker-killed")
+    with subprocess.Popen(
+        command(write(job, tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
+    ) as process:
+        os.kill(wait_for_step(job, 12, process), signal.SIGKILL)
+        output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, output[-3000:]
+    assert losses(job) == losses(undisturbed)
+
+
+def test_a_killed_job_goes_on_when_submitted_again(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
+    job = contract("sums-job-killed")
+    with subprocess.Popen(
+        command(write(job, tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
+    ) as process:
+        wait_for_step(job, 12, process)
+        process.kill()
+    result = run(job, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert losses(job) == losses(undisturbed)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_publishes_nothing(
+    local_cluster: Any, contract: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = contract("sums-diverged", train={"learning_rate": 1e30, "warmup_fraction": 0})
+    result = run(job, tmp_path)
+    assert result.returncode == 2
+    assert "the loss of step" in result.stderr and "Lower train.learning_rate" in result.stderr
+    assert "sums-diverged" not in Registry.open().names()
+
+
+def test_more_than_the_cluster_has_is_refused_at_once(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
+    result = run(contract("sums-large", cluster={"workers": 2, "cpus_per_worker": 8}), tmp_path)
+    assert result.returncode == 2 and "want 16 CPUs where the cluster has 3" in result.stderr
+
+
+def test_faults_of_model_data_and_method_are_reported_together(embedded_home: Path, contract: Callable[..., Job], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": []}\nnot json\n{"prompt": "a", "completion": "b"}\n')
+    result = run(contract("bad", data={"train": str(rows)}, method={"targets": ["q_porj"]}), tmp_path)
+    assert result.returncode == 2
+    for fact in ("Did you mean 'q_proj'", "line 1", "line 2"):
+        assert fact in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "says"),
+    [
+        ("data", {"train": "missing.jsonl"}, "missing.jsonl"),
+        ("model", {"source": "/nowhere"}, "is no folder"),
+        ("method", {"rank": 400}, "more than the smaller side"),
+        ("train", {"pack_tokens": 16}, "tokens"),
+    ],
+)
+def test_one_fault_is_named(
+    embedded_home: Path, contract: Callable[..., Job], tmp_path: Path, section: str, values: dict[str, Any], says: str
+) -> None:
+    result = run(contract("bad", **{section: values}), tmp_path)
+    assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_run_of_another_contract_is_not_overwritten(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
+    job = contract("sums-other") | {"run": run_folder(undisturbed).name}
+    result = run(job, tmp_path)
+    assert result.returncode == 2 and "was begun with another contract" in result.stderr

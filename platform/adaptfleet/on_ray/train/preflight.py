@@ -13,7 +13,7 @@ from adaptfleet.contracts.serving import ServingSpec
 from adaptfleet.core.data.datasets import Dataset, load_dataset
 from adaptfleet.core.data.encoding import Encoded, encode_all
 from adaptfleet.core.data.sample_order import epoch_order
-from adaptfleet.core.methods.lora import resolve_targets
+from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.models.loading import base_revision, load_tokenizer, resolve_model_folder
 from adaptfleet.core.steps import StepPlan, plan_steps
 from adaptfleet.store.registry import Registry
@@ -33,7 +33,7 @@ def prepare(job: FinetuneJob, registry: Registry) -> Prepared:
     """Model, data and method held against each other. Faults of the model and of the data are reported together."""
     offenders: list[AdaptfleetError] = []
     base_id = ServingSpec(model=job.model).base_id()
-    if job.publish.name == base_id:
+    if job.publish and job.publish.name == base_id:
         offenders.append(ContractError(f"publish.name is {base_id!r}, the base's own id on the endpoint; give the adapter another name."))
     folder = resolve_model_folder(job.model)
     tokenizer = load_tokenizer(folder, job.model.trust_remote_code)
@@ -67,4 +67,4 @@ def _check_method(folder: Path, job: FinetuneJob) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=job.model.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=job.model.trust_remote_code)
-    resolve_targets(model, job.method)
+    adaptation(job.method).check(model)

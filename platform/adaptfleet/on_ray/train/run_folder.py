@@ -7,7 +7,8 @@ metrics.jsonl      a line an update and an evaluation
 tensorboard/       the same curves
 progress.json      where the run stands now
 failure.json       why it stopped, where the cause is the contract's or the data's
-adapter/           the result, in peft's format
+adapter/           the trained part, in peft's format
+model/             the merged checkpoint, where that is what is published
 checkpoint_*       Ray Train's checkpoints
 """
 
@@ -89,3 +90,7 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"

@@ -107,7 +107,8 @@ def _offender(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         spec = _spec_at(kind, error["loc"][:-1])
         known = sorted(spec.model_fields) if spec else []
-        return f"{path}: unknown key.{near(str(error['loc'][-1]), known)} Allowed: {', '.join(known)}."
+        allowed = f" Allowed: {', '.join(known)}." if known else ""
+        return f"{path}: unknown key.{near(str(error['loc'][-1]), known)}{allowed}"
     if error["type"] == "missing":
         spec = _spec_at(kind, error["loc"][:-1])
         text = spec.model_fields[str(error["loc"][-1])].description if spec else None

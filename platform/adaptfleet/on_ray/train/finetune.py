@@ -8,7 +8,9 @@ from adaptfleet.contracts.artifacts import Draft, Manifest
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.on_ray.joining import joined_cluster
 from adaptfleet.on_ray.train.preflight import Prepared, prepare
+from adaptfleet.on_ray.train.report import write_report
 from adaptfleet.on_ray.train.run_folder import RunFolder
+from adaptfleet.on_ray.train.tracking import check_trackers
 from adaptfleet.store.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ def run_finetune(job: FinetuneJob) -> Manifest:
         if job.publish.alias is not None and job.publish.alias not in registry.aliases(published.name):
             registry.set_alias(published.name, job.publish.alias, published.version)
         return published
+    check_trackers(job)
     prepared = prepare(job, registry)
     folder = RunFolder.open(job)
     _describe(job, prepared, folder)
@@ -51,6 +54,7 @@ def _describe(job: FinetuneJob, prepared: Prepared, folder: RunFolder) -> None:
         "fingerprint": job.fingerprint(),
         "num_train_rows": len(prepared.train_rows),
         "num_test_rows": len(prepared.test_rows),
+        "num_duplicates": prepared.dataset.num_duplicates,
         "num_steps": len(plan.steps),
         "num_tokens": plan.num_tokens,
         "pack_fill": round(plan.fill, 4),
@@ -69,7 +73,7 @@ def _publish(job: FinetuneJob, prepared: Prepared, folder: RunFolder, registry: 
     evaluation = folder.read_json("evaluation.json") or {}
     progress = folder.read_json("progress.json") or {}
     metrics = {key: float(value) for key, value in evaluation.items() if key != "step"}
-    last = folder.last_metrics("train")
+    last = folder.metrics("train")[-1]
     metrics |= {"train_loss": last["loss"], "train_tokens_per_s": last["tokens_per_s"], "num_steps": float(progress["num_steps"])}
     draft = Draft(
         kind="adapter",
@@ -84,4 +88,5 @@ def _publish(job: FinetuneJob, prepared: Prepared, folder: RunFolder, registry: 
     )
     manifest = registry.publish(draft, folder.adapter, job.publish.alias)
     log.info("published %s: %s", manifest.reference, ", ".join(f"{key} {value:.4g}" for key, value in manifest.metrics.items()))
+    log.info("report: %s", write_report(folder, job, manifest))
     return manifest

@@ -14,6 +14,7 @@ from adaptfleet.contracts.errors import AdaptfleetError
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.core.checkpoint import read_checkpoint, write_checkpoint
 from adaptfleet.core.compilation import compile_layers, should_compile
+from adaptfleet.core.data.examples import Example
 from adaptfleet.core.evaluation.held_out import answer_scores, greedy_answers, held_out_loss
 from adaptfleet.core.export import export_adapter
 from adaptfleet.core.loop import Trainer
@@ -23,6 +24,8 @@ from adaptfleet.core.packed_forward import check_packable
 from adaptfleet.core.steps import plan_steps
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
 from adaptfleet.on_ray.train.run_folder import RunFolder
+from adaptfleet.on_ray.train.samples import write_after, write_before
+from adaptfleet.on_ray.train.tracking import open_trackers
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -45,7 +48,10 @@ class _FinetuneWorker:
         self.is_first = ray.train.get_context().get_world_rank() == 0
         self.rows = folder.read_rows("train")
         self.test_rows = folder.read_rows("test")[: job.evaluation.max_loss_rows]
-        self.examples = [e for e in folder.read_examples() if not e.plain][: job.evaluation.max_generated_rows]
+        answerable = [example for example in folder.read_examples() if example.messages]
+        self.examples = answerable[: job.evaluation.max_generated_rows]
+        self.sample_rows = answerable[: job.evaluation.max_sample_rows]
+        self.answers: list[str] = []
         self.plan = plan_steps(self.rows, job.train)
         base, self.tokenizer, _ = load_base(job.model)
         longest = max(len(row.input_ids) for row in [*self.rows, *self.test_rows])
@@ -61,10 +67,17 @@ class _FinetuneWorker:
                 state, progress = read_checkpoint(Path(path))
             self.trainer.optimizer.load_state(state)
             self.trainer.step = progress["step"]
+        elif self.is_first:
+            # With B = 0 the adapted model computes what the base computes.
+            self._say(phase="answering samples before training,")
+            write_before(self.folder, self.sample_rows, self._answer(self.sample_rows))
         compiled, reason = should_compile(self.job.train.compile, self.plan.num_tokens)
         if compiled:
             compile_layers(self.model)
-        log = MetricsLog(self.folder.path, self.trainer.step) if self.is_first else None
+        log = None
+        if self.is_first:
+            trackers = open_trackers(self.job, self.folder.path, self.trainer.step)
+            log = MetricsLog(self.folder.path, self.trainer.step, trackers)
         evaluated = {round(num_steps * (i + 1) / self.job.evaluation.times) for i in range(self.job.evaluation.times)}
         self._say(phase="training", compiled=compiled, compile_reason=reason)
         num_tokens, seconds, began = 0, 0.0, time.perf_counter()
@@ -98,17 +111,17 @@ class _FinetuneWorker:
         loss = held_out_loss(self.model, self.test_rows, self.plan.pack_tokens, self.tokenizer.pad_token_id)
         values = {"eval_loss": loss.loss, "eval_perplexity": loss.perplexity}
         if self.examples:
-            answers = greedy_answers(
-                self.model,
-                self.tokenizer,
-                self.examples,
-                self.job.evaluation.max_new_tokens,
-                lambda done: self._say(phase=f"answering held-out rows, {done}/{len(self.examples)}"),
-            )
-            values |= answer_scores(answers, self.examples).metrics()
+            self.answers = self._answer(self.examples)
+            values |= answer_scores(self.answers, self.examples).metrics()
         log.write("evaluation", step, values)
         self.folder.write_json("evaluation.json", {"step": step, **values})
         return values
+
+    def _answer(self, examples: list[Example]) -> list[str]:
+        def tell(done: int) -> None:
+            self._say(phase=f"answering held-out rows, {done}/{len(examples)}")
+
+        return greedy_answers(self.model, self.tokenizer, examples, self.job.evaluation.max_new_tokens, tell)
 
     def _report(self, metrics: dict[str, float], is_last: bool) -> None:
         """A checkpoint when one is due. Every worker reports, the first one alone writes: all hold the same state."""
@@ -122,6 +135,9 @@ class _FinetuneWorker:
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
 
     def _finish(self) -> None:
+        # The samples are the first of the rows that the last evaluation has answered.
+        known = self.answers[: len(self.sample_rows)]
+        write_after(self.folder, known + self._answer(self.sample_rows[len(known) :]))
         self._say(phase="exporting")
         unfinished = self.folder.path / ".adapter"
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -105,10 +105,16 @@ def test_all_that_cannot_be_scored_is_told_before_anything_is_loaded(
     monkeypatch.delenv("ADAPTFLEET_API_KEY", raising=False)
     endpoint = {"kind": "endpoint", "url": "http://127.0.0.1:9", "model": "x"}
     with pytest.raises(AdaptfleetError) as told:
-        run_evaluation(
-            make_job("sum", "./nowhere", endpoint, endpoint | {"model": "y", "api_key_env": None}, rows=str(tmp_path / "no.jsonl"))
-        )
-    for fact in ("no file", "Did you mean 'sums'", "./nowhere is no folder", "ADAPTFLEET_API_KEY holds no API key", "cannot be reached"):
+        subjects = ("sum", "./nowhere", endpoint, endpoint | {"model": "y", "api_key_env": None})
+        run_evaluation(make_job(*subjects, rows=str(tmp_path / "no.jsonl"), lm_eval={"tasks": ["arc_easy"]}))
+    for fact in (
+        "pip install lm-eval",
+        "no file",
+        "Did you mean 'sums'",
+        "./nowhere is no folder",
+        "ADAPTFLEET_API_KEY holds no API key",
+        "cannot be reached",
+    ):
         assert fact in str(told.value)
 
 
@@ -145,6 +151,7 @@ def test_one_version_by_two_names_is_refused(registry: Registry, make_job: Make)
         ({"subjects": []}, "subjects is empty"),
         ({"subjects": ["a", "a"]}, "names a@prod more than once|names a more than once"),
         ({"answers": False, "perplexity": False}, "nothing would be measured"),
+        ({"lm_eval": {"tasks": []}}, "tasks is empty"),
         ({"data": {"train": "address-json"}}, "rows and data are both given"),
         ({"subjects": [{"kind": "endpoint", "url": "ftp://x", "model": "m"}]}, r"subjects\.0\.endpoint\.url"),
         ({"subjects": [{"kind": "endpoint", "url": "http://x", "model": "m", "modle": 1}]}, "modle: unknown key"),

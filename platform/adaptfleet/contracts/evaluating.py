@@ -78,6 +78,26 @@ Subject = Annotated[
 ]
 
 
+class LmEvalSpec(Spec):
+    """Tasks of EleutherAI's evaluation harness, the package `lm-eval`. Local models alone."""
+
+    tasks: Annotated[tuple[str, ...], Field(strict=False)]
+    include_path: str | None = None
+    """A folder with YAML files of your own tasks. The data that they name must be on this machine."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Worked examples before each question. None: as the task says."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """At most so many rows of each task. None: all."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    apply_chat_template: bool = False
+
+    @model_validator(mode="after")
+    def _names_tasks(self) -> "LmEvalSpec":
+        if not self.tasks:
+            raise ValueError("tasks is empty; name one, such as `arc_easy`, or leave lm_eval out")
+        return self
+
+
 class EvaluateJob(Spec):
     job: Literal["evaluate"] = "evaluate"
     subjects: Annotated[tuple[Subject, ...], Field(strict=False)]
@@ -96,6 +116,8 @@ class EvaluateJob(Spec):
     perplexity: bool = True
     """Measure the expected answers' perplexity. Endpoints are left out."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 192
+    lm_eval: LmEvalSpec | None = None
+    """Measure these tasks too, as metrics `lm_eval/TASK/METRIC`."""
     num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
     """Of the bootstrap behind each 95% interval, and permutations behind each p-value."""
     seed: int = 0
@@ -107,8 +129,8 @@ class EvaluateJob(Spec):
     def _scores_something(self) -> "EvaluateJob":
         if not self.subjects:
             raise ValueError("subjects is empty, so nothing would be scored; name one, such as `base` or `address-json@3`")
-        if not self.answers and not self.perplexity:
-            raise ValueError("answers and perplexity are both false, so nothing would be measured; set one of them")
+        if not self.answers and not self.perplexity and self.lm_eval is None:
+            raise ValueError("answers and perplexity are false and lm_eval is not given, so nothing would be measured; set one of them")
         if not self.answers and any(isinstance(subject, EndpointSubject) for subject in self.subjects):
             raise ValueError("answers is false, but an endpoint's perplexity cannot be measured; set answers or leave the endpoint out")
         if self.rows is not None and "data" in self.model_fields_set:

@@ -5,21 +5,23 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT = 560, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 38
 MAX_MARKS = 400
 """Points with a mark that shows its value under the mouse; more would make the page heavy. The line has every point."""
 _SMOOTHED_FROM = 80
-"""Points from which on a moving mean is drawn over the line."""
+"""Points from which on a noisy line gets a moving mean over it."""
 
 
-def line_chart(title: str, points: Sequence[tuple[float, float]], x_label: str = "step") -> str:
-    """A figure with the points as a line. Points that are no number are left out and counted."""
+def line_chart(title: str, points: Sequence[tuple[float, float]], noisy: bool = False, x_label: str = "step") -> str:
+    """A figure with the points as a line, and a moving mean over it where it is long and `noisy`. Points that are no number are left out
+    and counted."""
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     if not finite:
         return ""
     scale = _Scale([x for x, _ in finite], [y for _, y in finite])
-    lines = [_polyline(finite, scale, "line faint" if len(finite) >= _SMOOTHED_FROM else "line")]
-    if len(finite) >= _SMOOTHED_FROM:
+    smoothed = noisy and len(finite) >= _SMOOTHED_FROM
+    lines = [_polyline(finite, scale, "line faint" if smoothed else "line")]
+    if smoothed:
         lines.append(_polyline(_moving_mean(finite, len(finite) // 25), scale, "line"))
     every = max(1, math.ceil(len(finite) / MAX_MARKS))
     radius = 3 if len(finite) <= 40 else 5
@@ -79,8 +81,8 @@ class _Scale:
             parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 3.5:.1f}" text-anchor="end">{_short(tick)}</text>')
         for tick in _ticks(self._x_low, self._x_high, 5):
             if self._x_low <= tick <= self._x_high and tick == int(tick):
-                parts.append(f'<text class="tick" x="{self.x(tick):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{_short(tick)}</text>')
-        parts.append(f'<text class="tick" x="{WIDTH - _RIGHT}" y="{HEIGHT - 1}" text-anchor="end">{escape(x_label)}</text>')
+                parts.append(f'<text class="tick" x="{self.x(tick):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{_short(tick)}</text>')
+        parts.append(f'<text class="tick" x="{WIDTH - _RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
         return "".join(parts)
 
 

@@ -15,12 +15,13 @@ main { max-width: 1180px; margin: 0 auto; padding: 40px 24px 72px; }
 h1 { font-size: 26px; font-weight: 620; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 17px; font-weight: 620; margin: 44px 0 14px; }
 header p { margin: 4px 0 0; color: var(--soft); overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; margin-top: 24px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: 12px; margin-top: 24px; }
 .tile, figure, .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
 .tile { padding: 12px 16px; }
 .tile b { display: block; font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 14px; }
+.scroll + .charts { margin-top: 16px; }
 figure { margin: 0; padding: 12px 14px 6px; }
 figcaption { display: flex; justify-content: space-between; gap: 12px; font-size: 14px; font-weight: 560; }
 figcaption .last { color: var(--soft); font-weight: 400; font-variant-numeric: tabular-nums; }

@@ -9,9 +9,10 @@ from adaptfleet.contracts.errors import AdaptfleetError, DataError
 from adaptfleet.contracts.evaluating import EndpointSubject, EvaluateJob
 from adaptfleet.contracts.home import home
 from adaptfleet.core.data.examples import Example
+from adaptfleet.core.evaluation.lm_eval_tasks import check_lm_eval
 from adaptfleet.core.evaluation.row_scores import RowResult
 from adaptfleet.on_ray.evaluate.endpoint import endpoint_answers
-from adaptfleet.on_ray.evaluate.local_models import score_local_model
+from adaptfleet.on_ray.evaluate.local_models import Scores, score_local_model
 from adaptfleet.on_ray.evaluate.outcome import Outcome, Scored, make_outcome, record_outcome, write_outcome
 from adaptfleet.on_ray.evaluate.progress import ProgressLine
 from adaptfleet.on_ray.evaluate.rows import load_rows
@@ -28,6 +29,11 @@ def run_evaluation(job: EvaluateJob) -> Outcome:
     """
     registry = Registry.open()
     offenders: list[AdaptfleetError] = []
+    try:
+        if job.lm_eval is not None:
+            check_lm_eval(job.lm_eval)
+    except AdaptfleetError as error:
+        offenders.append(error)
     try:
         rows = load_rows(job, registry)
     except AdaptfleetError as error:
@@ -49,7 +55,7 @@ def run_evaluation(job: EvaluateJob) -> Outcome:
     return outcome
 
 
-def _score(subject: Resolved, examples: list[Example], job: EvaluateJob) -> list[RowResult]:
+def _score(subject: Resolved, examples: list[Example], job: EvaluateJob) -> Scores:
     match subject.target:
         case EndpointSubject() as endpoint:
             return _score_endpoint(subject.label, endpoint, examples, job)
@@ -59,7 +65,7 @@ def _score(subject: Resolved, examples: list[Example], job: EvaluateJob) -> list
             return score_here(subject.label, target, examples, job)
 
 
-def _score_endpoint(label: str, endpoint: EndpointSubject, examples: list[Example], job: EvaluateJob) -> list[RowResult]:
+def _score_endpoint(label: str, endpoint: EndpointSubject, examples: list[Example], job: EvaluateJob) -> Scores:
     asked = [i for i, example in enumerate(examples) if example.messages]
     if not asked:
         raise DataError(f"the rows are plain texts, which {label} cannot be asked. Give rows of messages, or leave the endpoint out.")
@@ -71,10 +77,10 @@ def _score_endpoint(label: str, endpoint: EndpointSubject, examples: list[Exampl
     finally:
         progress.close()
     answers = dict(zip(asked, given, strict=True))
-    return [RowResult(example, answers.get(i), None) for i, example in enumerate(examples)]
+    return Scores([RowResult(example, answers.get(i), None) for i, example in enumerate(examples)])
 
 
-def score_here(label: str, target: LocalModel, examples: list[Example], job: EvaluateJob) -> list[RowResult]:
+def score_here(label: str, target: LocalModel, examples: list[Example], job: EvaluateJob) -> Scores:
     progress = ProgressLine(label)
     try:
         return score_local_model(target, examples, job, progress.tell)
@@ -82,7 +88,7 @@ def score_here(label: str, target: LocalModel, examples: list[Example], job: Eva
         progress.close()
 
 
-def _score_on_cluster(label: str, target: LocalModel, examples: list[Example], job: EvaluateJob) -> list[RowResult]:
+def _score_on_cluster(label: str, target: LocalModel, examples: list[Example], job: EvaluateJob) -> Scores:
     """In a task of the cluster, on a GPU where it has one: a submitted job's own process has none. ADAPTFLEET_HOME must be shared."""
     import ray
 
@@ -91,15 +97,15 @@ def _score_on_cluster(label: str, target: LocalModel, examples: list[Example], j
         num_cpus = max(1, int(ray.available_resources().get("CPU", 1)) if not num_gpus else 1)
         task: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=1)(_score_task)
         try:
-            results: list[RowResult] = ray.get(task.remote(label, target, examples, job.model_dump_json(), num_cpus))
+            scores: Scores = ray.get(task.remote(label, target, examples, job.model_dump_json(), num_cpus))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, AdaptfleetError):
                 raise error.cause from None
             raise
-        return results
+        return scores
 
 
-def _score_task(label: str, target: LocalModel, examples: list[Example], job: str, num_cpus: int) -> list[RowResult]:
+def _score_task(label: str, target: LocalModel, examples: list[Example], job: str, num_cpus: int) -> Scores:
     import torch
 
     torch.set_num_threads(min(num_cpus, os.cpu_count() or 1))

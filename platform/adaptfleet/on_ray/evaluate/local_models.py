@@ -1,6 +1,7 @@
 """Scores a model that is loaded here: greedy answers, and the loss on each row."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from adaptfleet.contracts.evaluating import EvaluateJob
 from adaptfleet.core.data.encoding import encode_all, encode_prompt
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.evaluation.held_out import greedy_answers
+from adaptfleet.core.evaluation.intervals import Ratio
+from adaptfleet.core.evaluation.lm_eval_tasks import task_metrics
 from adaptfleet.core.evaluation.row_losses import row_losses
 from adaptfleet.core.evaluation.row_scores import RowLoss, RowResult
 from adaptfleet.core.models.loading import load_base
@@ -25,8 +28,16 @@ Tell = Callable[[str, int, int], None]
 """What is being done, how many rows are done, of how many."""
 
 
-def score_local_model(target: LocalModel, examples: Sequence[Example], job: EvaluateJob, tell: Tell) -> list[RowResult]:
-    """Each row's answer and loss, in the rows' order."""
+@dataclass(frozen=True)
+class Scores:
+    rows: list[RowResult]
+    """In the rows' order."""
+    tasks: dict[str, Ratio] = field(default_factory=dict)
+    """Metrics of lm-eval's tasks."""
+
+
+def score_local_model(target: LocalModel, examples: Sequence[Example], job: EvaluateJob, tell: Tell) -> Scores:
+    """Each row's answer and loss, and the tasks' metrics."""
     tell("loading", 0, len(examples))
     base, tokenizer, _ = load_base(target.model)
     model: Any = base if target.adapter is None else load_adapter(base, target.adapter)
@@ -43,7 +54,12 @@ def score_local_model(target: LocalModel, examples: Sequence[Example], job: Eval
             model, tokenizer, [examples[i] for i in asked], job.max_new_tokens, lambda done: tell("answering", done, len(asked))
         )
         answers = dict(zip(asked, given, strict=True))
-    return [RowResult(example, answers.get(i), loss) for i, (example, loss) in enumerate(zip(examples, losses, strict=True))]
+    tasks: dict[str, Ratio] = {}
+    if job.lm_eval is not None:
+        tell("lm-eval, task", 0, len(job.lm_eval.tasks))
+        tasks = task_metrics(model, tokenizer, job.lm_eval)
+    rows = [RowResult(example, answers.get(i), loss) for i, (example, loss) in enumerate(zip(examples, losses, strict=True))]
+    return Scores(rows, tasks)
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -12,6 +12,7 @@ from adaptfleet.contracts.errors import StoreError
 from adaptfleet.contracts.evaluating import EvaluateJob, EvaluationRecord, MetricEstimate
 from adaptfleet.core.evaluation.intervals import Difference, confidence_interval, paired_difference
 from adaptfleet.core.evaluation.row_scores import RowResult, metrics_of
+from adaptfleet.on_ray.evaluate.local_models import Scores
 from adaptfleet.on_ray.evaluate.rows import Rows
 from adaptfleet.on_ray.evaluate.subjects import Resolved
 from adaptfleet.store.registry import Registry
@@ -22,7 +23,7 @@ LIBRARIES = ("torch", "transformers", "peft")
 @dataclass(frozen=True)
 class Scored:
     subject: Resolved
-    results: list[RowResult]
+    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def libraries() -> dict[str, str]:
 
 
 def make_outcome(job: EvaluateJob, rows: Rows, scored: Sequence[Scored], folder: Path) -> Outcome:
-    measured = {one.subject.label: metrics_of(one.results) for one in scored}
+    measured = {one.subject.label: metrics_of(one.scores.rows) | one.scores.tasks for one in scored}
     metrics: dict[str, dict[str, MetricEstimate]] = {}
     for label, found in measured.items():
         metrics[label] = {}
@@ -76,6 +77,8 @@ def make_outcome(job: EvaluateJob, rows: Rows, scored: Sequence[Scored], folder:
     notes: list[str] = []
     first = scored[0]
     for second in scored[1:]:
+        if bool(first.scores.tasks) != bool(second.scores.tasks):
+            notes.append(f"the tasks of lm-eval are not compared with {second.subject.label}: an endpoint cannot be measured on them")
         names = [name for name in measured[first.subject.label] if name in measured[second.subject.label]]
         if "perplexity" in names and _num_labels(first) != _num_labels(second):
             names.remove("perplexity")
@@ -97,7 +100,7 @@ def write_outcome(outcome: Outcome, scored: Sequence[Scored]) -> None:
     lines = [
         json.dumps({"row": i, "subject": one.subject.label, **_as_line(result)}, ensure_ascii=False)
         for one in scored
-        for i, result in enumerate(one.results)
+        for i, result in enumerate(one.scores.rows)
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ def record_outcome(outcome: Outcome, scored: Sequence[Scored], registry: Registr
 
 
 def _num_labels(one: Scored) -> list[int]:
-    return [result.loss.num_labels if result.loss else 0 for result in one.results]
+    return [result.loss.num_labels if result.loss else 0 for result in one.scores.rows]
 
 
 def _as_line(result: RowResult) -> dict[str, Any]:

@@ -15,19 +15,20 @@ from adaptfleet.on_ray.train.run_folder import RunFolder
 from adaptfleet.on_ray.train.samples import Sample, read_samples
 
 _CURVES = (
-    ("loss", "training loss"),
-    ("learning_rate", "learning rate"),
-    ("grad_norm", "gradient norm"),
-    ("tokens_per_s", "tokens per second"),
+    ("loss", "training loss", True),
+    ("learning_rate", "learning rate", False),
+    ("grad_norm", "gradient norm", True),
+    ("tokens_per_s", "tokens per second", True),
 )
+"""Key, title, whether it is noisy."""
 _TILES = (
-    ("train_loss", "training loss, last update"),
+    ("train_loss", "training loss"),
     ("eval_loss", "held-out loss"),
     ("eval_perplexity", "held-out perplexity"),
     ("exact_match", "exact match"),
     ("field_f1", "field F1"),
     ("valid_json", "valid JSON"),
-    ("train_tokens_per_s", "tokens per second"),
+    ("train_tokens_per_s", "tokens a second"),
     ("num_steps", "updates"),
 )
 
@@ -59,7 +60,7 @@ def report(folder: RunFolder, job: FinetuneJob, manifest: Manifest) -> str:
 
 def _curves(folder: RunFolder) -> str:
     train, evaluated = folder.metrics("train"), folder.metrics("evaluation")
-    drawn = [line_chart(title, [(line["step"], line[key]) for line in train if key in line]) for key, title in _CURVES]
+    drawn = [line_chart(title, [(line["step"], line[key]) for line in train if key in line], noisy) for key, title, noisy in _CURVES]
     drawn.append(line_chart("held-out loss", [(line["step"], line["eval_loss"]) for line in evaluated if "eval_loss" in line]))
     return charts(drawn)
 

@@ -9,6 +9,7 @@ from adaptfleet.contracts.data import DataSpec
 from adaptfleet.contracts.methods import Lora, Method, ServedAs
 from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.contracts.names import DEFAULT_ALIAS, SafeAlias, SafeName
+from adaptfleet.contracts.tracking import TrackingSpec
 
 
 class TrainSpec(Spec):
@@ -37,6 +38,8 @@ class EvaluationSpec(Spec):
     max_generated_rows: Annotated[int, Field(ge=0)] = 32
     """Held-out rows answered greedily for exact match, field F1 and valid JSON; 0 leaves these out."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 192
+    max_sample_rows: Annotated[int, Field(ge=0)] = 4
+    """Held-out rows answered before training too, for the report; 0 leaves them out."""
 
 
 class CheckpointSpec(Spec):
@@ -114,6 +117,7 @@ class FinetuneJob(Spec):
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     cluster: ClusterSpec = ClusterSpec()
+    tracking: TrackingSpec = TrackingSpec()
     publish: PublishSpec | None
     """None: train and evaluate only; the result stays in the run's folder."""
 

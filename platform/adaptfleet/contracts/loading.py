@@ -108,7 +108,8 @@ def _offender(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
     path = ".".join(_place(kind, error["loc"])[0]) or "contract"
     if error["type"] == "extra_forbidden":
         known = sorted(spec.model_fields) if spec else []
-        return f"{'.'.join([*keys, last])}: unknown key.{near(last, known)} Allowed: {', '.join(known)}."
+        allowed = f" Allowed: {', '.join(known)}." if known else ""
+        return f"{'.'.join([*keys, last])}: unknown key.{near(last, known)}{allowed}"
     if error["type"] == "missing":
         text = spec.model_fields[last].description if spec else None
         return f"{path}: missing." + (f" {text}" if text else "")

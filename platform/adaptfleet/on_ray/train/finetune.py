@@ -9,7 +9,9 @@ from adaptfleet.contracts.artifacts import Draft, Manifest
 from adaptfleet.contracts.jobs import FinetuneJob, PublishSpec
 from adaptfleet.on_ray.joining import joined_cluster
 from adaptfleet.on_ray.train.preflight import Prepared, prepare
+from adaptfleet.on_ray.train.report import write_report
 from adaptfleet.on_ray.train.run_folder import RunFolder
+from adaptfleet.on_ray.train.tracking import check_trackers
 from adaptfleet.store.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ def run_finetune(job: FinetuneJob) -> str:
         if job.publish.alias is not None and job.publish.alias not in registry.aliases(published.name):
             registry.set_alias(published.name, job.publish.alias, published.version)
         return published.reference
+    check_trackers(job)
     prepared = prepare(job, registry)
     folder = RunFolder.open(job)
     _describe(job, prepared, folder)
@@ -38,7 +41,10 @@ def run_finetune(job: FinetuneJob) -> str:
     failure = folder.read_json("failure.json")
     if failure:
         raise getattr(errors, failure["kind"])(failure["message"])
-    return _publish(job, job.publish, prepared, folder, registry).reference if job.publish else str(folder.adapter)
+    metrics = _metrics(folder)
+    manifest = _publish(job, job.publish, metrics, prepared, folder, registry) if job.publish else None
+    log.info("report: %s", write_report(folder, job, metrics, manifest))
+    return manifest.reference if manifest else str(folder.adapter)
 
 
 def _describe(job: FinetuneJob, prepared: Prepared, folder: RunFolder) -> None:
@@ -54,6 +60,7 @@ def _describe(job: FinetuneJob, prepared: Prepared, folder: RunFolder) -> None:
         "fingerprint": job.fingerprint(),
         "num_train_rows": len(prepared.train_rows),
         "num_test_rows": len(prepared.test_rows),
+        "num_duplicates": prepared.dataset.num_duplicates,
         "num_steps": len(plan.steps),
         "num_tokens": plan.num_tokens,
         "pack_fill": round(plan.fill, 4),
@@ -68,12 +75,18 @@ def _describe(job: FinetuneJob, prepared: Prepared, folder: RunFolder) -> None:
     )  # fmt: skip
 
 
-def _publish(job: FinetuneJob, publish: PublishSpec, prepared: Prepared, folder: RunFolder, registry: Registry) -> Manifest:
+def _metrics(folder: RunFolder) -> dict[str, float]:
+    """The last evaluation's, and the last step's."""
     evaluation = folder.read_json("evaluation.json") or {}
     progress = folder.read_json("progress.json") or {}
     metrics = {key: float(value) for key, value in evaluation.items() if key != "step"}
-    last = folder.last_metrics("train")
-    metrics |= {"train_loss": last["loss"], "train_tokens_per_s": last["tokens_per_s"], "num_steps": float(progress["num_steps"])}
+    last = folder.metrics("train")[-1]
+    return metrics | {"train_loss": last["loss"], "train_tokens_per_s": last["tokens_per_s"], "num_steps": float(progress["num_steps"])}
+
+
+def _publish(
+    job: FinetuneJob, publish: PublishSpec, metrics: dict[str, float], prepared: Prepared, folder: RunFolder, registry: Registry
+) -> Manifest:
     kind, method = job.published_as(), job.method.model_dump(mode="json")
     if kind == "adapter":
         # what is served may have another rank than what was trained: PiSSA's difference, AdaLoRA's largest

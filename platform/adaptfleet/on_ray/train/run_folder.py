@@ -1,10 +1,12 @@
 """The folder of a run: everything that explains it, and what its workers read.
 
 contract.json      the resolved contract
-rows/              train.arrow, test.arrow (tokens and label masks), test.jsonl (chat rows)
+rows/              train.arrow, test.arrow (tokens and label masks), test.jsonl (rows)
 facts.json         data hash, base revision, counts, library versions
 metrics.jsonl      a line an update and an evaluation
 tensorboard/       the same curves
+samples.json       the same few held-out rows answered before and after training
+report.html        all of it to look at, written at the end
 progress.json      where the run stands now
 failure.json       why it stopped, where the cause is the contract's or the data's
 adapter/           the trained part, in peft's format
@@ -24,7 +26,8 @@ from adaptfleet.contracts.errors import TrainingError
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.core.data.encoding import Encoded
-from adaptfleet.core.data.examples import Example, Message
+from adaptfleet.core.data.examples import Example
+from adaptfleet.core.data.rows import parse_row
 
 
 class RunFolder:
@@ -75,17 +78,16 @@ class RunFolder:
         return [Encoded(ids, mask) for ids, mask in zip(table["input_ids"].to_pylist(), table["label_mask"].to_pylist(), strict=True)]
 
     def write_examples(self, examples: list[Example]) -> None:
-        lines = [json.dumps({"messages": [{"role": m.role, "content": m.content} for m in e.messages]}) for e in examples]
+        lines = [json.dumps(example.as_row()) for example in examples]
         (self.path / "rows" / "test.jsonl").write_text("".join(line + "\n" for line in lines))
 
     def read_examples(self) -> list[Example]:
-        rows = map(json.loads, (self.path / "rows" / "test.jsonl").read_text().splitlines())
-        return [Example(tuple(Message(m["role"], m["content"]) for m in row["messages"])) for row in rows]
+        return [parse_row(json.loads(line)) for line in (self.path / "rows" / "test.jsonl").read_text().splitlines()]
 
-    def last_metrics(self, kind: str) -> dict[str, float]:
-        """The newest line of a kind in `metrics.jsonl`."""
+    def metrics(self, kind: str) -> list[dict[str, float]]:
+        """The lines of a kind (`train`, `evaluation`) in `metrics.jsonl`, in the order of steps."""
         lines = map(json.loads, (self.path / "metrics.jsonl").read_text().splitlines())
-        return [line for line in lines if line["kind"] == kind][-1]
+        return [line for line in lines if line["kind"] == kind]
 
     @property
     def adapter(self) -> Path:

@@ -17,6 +17,7 @@ from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.methods import QLora
 from adaptfleet.core.checkpoint import read_progress, read_tensors, write_checkpoint
 from adaptfleet.core.compilation import compile_layers, should_compile
+from adaptfleet.core.data.examples import Example
 from adaptfleet.core.evaluation.held_out import answer_scores, greedy_answers, held_out_loss
 from adaptfleet.core.export import export_model
 from adaptfleet.core.loop import Trainer
@@ -30,6 +31,8 @@ from adaptfleet.core.sharding import choose_placement, shard
 from adaptfleet.core.steps import plan_steps
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
 from adaptfleet.on_ray.train.run_folder import RunFolder
+from adaptfleet.on_ray.train.samples import write_after, write_before
+from adaptfleet.on_ray.train.tracking import open_trackers
 
 
 class PreemptedError(Exception):
@@ -58,7 +61,10 @@ class _FinetuneWorker:
         self.is_first = self.rank == 0
         self.rows = folder.read_rows("train")
         self.test_rows = folder.read_rows("test")[: job.evaluation.max_loss_rows]
-        self.examples = [e for e in folder.read_examples() if not e.plain][: job.evaluation.max_generated_rows]
+        answerable = [example for example in folder.read_examples() if example.messages]
+        self.examples = answerable[: job.evaluation.max_generated_rows]
+        self.sample_rows = answerable[: job.evaluation.max_sample_rows]
+        self.answers: list[str] = []
         self.plan = plan_steps(self.rows, job.train)
         self.model = self._adapted(check=True)
         compiled, self.compile_reason = should_compile(job.train.compile, self.plan.num_tokens)
@@ -90,8 +96,16 @@ class _FinetuneWorker:
 
     def run(self) -> None:
         num_steps = len(self.plan.steps)
-        self._resume()
-        log = MetricsLog(self.folder.path, self.trainer.step) if self.is_first else None
+        resumed = self._resume()
+        if not resumed and (self.is_first or self.is_sharded):
+            self._say(phase="answering samples before training,")
+            before = self._answer(self.sample_rows)
+            if self.is_first:
+                write_before(self.folder, self.sample_rows, before)
+        log = None
+        if self.is_first:
+            trackers = open_trackers(self.job, self.folder.path, self.trainer.step)
+            log = MetricsLog(self.folder.path, self.trainer.step, trackers)
         evaluated = {round(num_steps * (i + 1) / self.job.evaluation.times) for i in range(self.job.evaluation.times)}
         reason = f"{self.compile_reason}; {self.placement.mode}: {self.placement.reason}"
         self._say(phase="training", compiled=self.compiled, compile_reason=reason)
@@ -111,9 +125,7 @@ class _FinetuneWorker:
             )
             metrics: dict[str, float] = {"step": result.step, "train_loss": result.loss, "train_tokens_per_s": speed}
             if result.step in evaluated and (log or self.is_sharded):
-                # answers grow token by token, and compiled layers would be compiled anew for each length
-                with torch.compiler.set_stance("force_eager"):
-                    metrics |= self._evaluate(log)
+                metrics |= self._evaluate(log)
                 self.model.train()
             self._save(metrics, is_last=result.step == num_steps)
             began = time.perf_counter()
@@ -121,32 +133,38 @@ class _FinetuneWorker:
         if log:
             log.close()
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Takes up the last checkpoint; False: there is none."""
         checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as path:
-                progress = read_progress(Path(path))
-                self.trainer.load_state(read_tensors(Path(path), self.trainer.state()), progress["step"])
+        if checkpoint is None:
+            return False
+        with checkpoint.as_directory() as path:
+            progress = read_progress(Path(path))
+            self.trainer.load_state(read_tensors(Path(path), self.trainer.state()), progress["step"])
+        return True
 
     def _evaluate(self, log: MetricsLog | None) -> dict[str, float]:
         """The held-out metrics. The first worker alone finds them while the others wait for its next gradient; where the model is sharded
         all take part."""
         self._say(phase="evaluating")
-        loss = held_out_loss(self.model, self.test_rows, self.plan.pack_tokens, self.tokenizer.pad_token_id, self.trainer.loss_of)
+        with torch.compiler.set_stance("force_eager"):
+            loss = held_out_loss(self.model, self.test_rows, self.plan.pack_tokens, self.tokenizer.pad_token_id, self.trainer.loss_of)
         values = {"eval_loss": loss.loss, "eval_perplexity": loss.perplexity}
         if self.examples:
-            answers = greedy_answers(
-                self.model,
-                self.tokenizer,
-                self.examples,
-                self.job.evaluation.max_new_tokens,
-                lambda done: self._say(phase=f"answering held-out rows, {done}/{len(self.examples)}"),
-            )
-            values |= answer_scores(answers, self.examples).metrics()
+            self.answers = self._answer(self.examples)
+            values |= answer_scores(self.answers, self.examples).metrics()
         if log:
             log.write("evaluation", self.trainer.step, values)
             self.folder.write_json("evaluation.json", {"step": self.trainer.step, **values})
         return values
+
+    def _answer(self, examples: list[Example]) -> list[str]:
+        def tell(done: int) -> None:
+            self._say(phase=f"answering held-out rows, {done}/{len(examples)}")
+
+        # answers grow token by token, and compiled layers would be compiled anew for each length
+        with torch.compiler.set_stance("force_eager"):
+            return greedy_answers(self.model, self.tokenizer, examples, self.job.evaluation.max_new_tokens, tell)
 
     def _save(self, metrics: dict[str, float], is_last: bool) -> None:
         """A checkpoint when one is due, written while training goes on; at a preemption notice one that is waited for, and the end."""
@@ -173,6 +191,12 @@ class _FinetuneWorker:
 
     def _finish(self) -> None:
         """The trained part on disk, and the merged model where that is what will be published."""
+        if self.is_first or self.is_sharded:
+            # The samples are the first of the rows that the last evaluation has answered.
+            known = self.answers[: len(self.sample_rows)]
+            after = known + self._answer(self.sample_rows[len(known) :])
+            if self.is_first:
+                write_after(self.folder, after)
         self._say(phase="exporting")
         trained = self.trainer.optimizer.whole_weights() if self.is_sharded else {}
         if not self.is_first:

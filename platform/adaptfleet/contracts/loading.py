@@ -122,6 +122,8 @@ def _spec_at(kind: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel
     """The spec class whose keys a path leads to."""
     spec: type[BaseModel] = kind
     for part in path:
+        if isinstance(part, int):  # the place in a list
+            continue
         field = spec.model_fields.get(str(part))
         inner = next(_specs_in(field.annotation), None) if field else None
         if inner is None:
@@ -133,6 +135,6 @@ def _spec_at(kind: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel
 def _specs_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif get_origin(annotation) in (Union, UnionType, Annotated):
+    elif get_origin(annotation) in (Union, UnionType, Annotated, tuple):
         for inner in get_args(annotation):
             yield from _specs_in(inner)

@@ -12,6 +12,7 @@ from adaptfleet.contracts.errors import TrainingError
 from adaptfleet.contracts.jobs import TrainSpec
 from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.packing import Pack, pack_arrays
+from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.optimizer import MasterAdamW
 from adaptfleet.core.packed_forward import PackedBatch, summed_loss
 from adaptfleet.core.schedule import warmup_cosine
@@ -36,7 +37,7 @@ class StepResult:
 class Trainer:
     """Trains the parameters that require gradients. With torch.distributed running, gradients are summed over its workers."""
 
-    def __init__(self, model: PeftModel, train: TrainSpec, plan: StepPlan, rows: list[Encoded], pad_id: int) -> None:
+    def __init__(self, model: PeftModel, train: TrainSpec, plan: StepPlan, rows: Rows | list[Encoded], pad_id: int) -> None:
         self.model = model
         self.train = train
         self.plan = plan
@@ -55,7 +56,7 @@ class Trainer:
     def _update(self) -> StepResult:
         packs = self.plan.steps[self.step]
         # Known to every worker without a message: the mean is over the step's labels, not over each worker's.
-        num_labels = sum(sum(self.rows[i].label_mask[1:]) for pack in packs for i in pack.indices)
+        num_labels = sum(self.rows[i].num_labels for pack in packs for i in pack.indices)
         # Dropout draws anew each step, and a resumed step draws what the first try drew.
         torch.manual_seed(hash((self.train.seed, self.step, self.rank)))
         total = torch.zeros(())
@@ -78,7 +79,7 @@ class Trainer:
         learning_rate = self.train.learning_rate * warmup_cosine(self.step, len(self.plan.steps), self.train.warmup_fraction)
         norm = self.optimizer.step(learning_rate, self.train.max_grad_norm)
         self.step += 1
-        num_tokens = sum(len(self.rows[i].input_ids) for pack in packs for i in pack.indices)
+        num_tokens = sum(len(self.rows[i]) for pack in packs for i in pack.indices)
         return StepResult(self.step, loss, learning_rate, norm, num_tokens)
 
     def batch(self, packs: list[Pack]) -> PackedBatch:

@@ -20,7 +20,6 @@ from adaptfleet.core.loop import Trainer
 from adaptfleet.core.methods.lora import attach_lora
 from adaptfleet.core.models.loading import load_base
 from adaptfleet.core.packed_forward import check_packable
-from adaptfleet.core.steps import plan_steps
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
 from adaptfleet.on_ray.train.run_folder import RunFolder
 
@@ -45,10 +44,10 @@ class _FinetuneWorker:
         self.is_first = ray.train.get_context().get_world_rank() == 0
         self.rows = folder.read_rows("train")
         self.test_rows = folder.read_rows("test")[: job.evaluation.max_loss_rows]
-        self.examples = [e for e in folder.read_examples() if not e.plain][: job.evaluation.max_generated_rows]
-        self.plan = plan_steps(self.rows, job.train)
+        self.examples = folder.read_examples()
+        self.plan = folder.read_plan()
         base, self.tokenizer, _ = load_base(job.model)
-        longest = max(len(row.input_ids) for row in [*self.rows, *self.test_rows])
+        longest = int(max(self.rows.lengths.max(), self.test_rows.lengths.max()))
         check_packable(base, len(self.tokenizer), job.train.pack_tokens, longest)
         self.model = attach_lora(base, job.method, job.train.seed)
         self.trainer = Trainer(self.model, job.train, self.plan, self.rows, self.tokenizer.pad_token_id)

@@ -11,7 +11,7 @@ from adaptfleet.contracts.errors import DataError
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.rows import BadRows
 from adaptfleet.core.data.sample_order import permutation
-from adaptfleet.core.data.scan import Scan, prompt_place, scan
+from adaptfleet.core.data.scan import Scan, prompt_place, rows_sha256, scan
 from adaptfleet.core.data.sources import FetchPublished, Sides, Source, find_held_out, find_training
 
 _NUM_SHARED_SHOWN = 5
@@ -56,12 +56,9 @@ class DatasetIndex:
 
     @property
     def sha256(self) -> str:
-        digests_N2 = np.concatenate([s.digests_N2 for s in self.scans])
-        digest = hashlib.sha256(b"train")
-        digest.update(digests_N2[self.train].tobytes())
-        digest.update(b"test")
-        digest.update(digests_N2[self.test].tobytes())
-        return digest.hexdigest()
+        digests_N2 = self.scans[0].digests_N2 if len(self.scans) == 1 else np.concatenate([s.digests_N2 for s in self.scans])
+        sides = [rows_sha256(digests_N2, numbers) for numbers in (self.train, self.test)]
+        return hashlib.sha256(b"".join(sides)).hexdigest()
 
     @property
     def num_duplicates(self) -> int:

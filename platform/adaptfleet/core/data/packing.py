@@ -32,7 +32,7 @@ class Pack:
 class PackTable(Sequence[Pack]):
     """Many packs in two arrays: pack p holds `indices_N[starts_P[p] : starts_P[p + 1]]`."""
 
-    indices_N: npt.NDArray[np.int64]
+    indices_N: npt.NDArray[np.int32]
     starts_P: npt.NDArray[np.int64]
     """One more than there are packs: the last is the number of indices."""
 
@@ -74,7 +74,7 @@ def pack_table(lengths_N: npt.NDArray[np.int32], pack_tokens: int, order_M: npt.
         raise DataError(
             f"{len(too_long)} examples are longer than a pack of {pack_tokens} tokens: {shown}{', ...' if len(too_long) > 20 else ''}."
         )
-    pack_of_M = np.empty(len(order_M), dtype=np.int64)
+    pack_of_M = np.empty(len(order_M), dtype=np.int32)
     num_packs = 0
     # Open packs as (room left, number), sorted: the first with enough room is the best fit, the oldest among equals.
     open_packs: list[tuple[int, int]] = []
@@ -95,7 +95,7 @@ def pack_table(lengths_N: npt.NDArray[np.int32], pack_tokens: int, order_M: npt.
         pack_of_M[begin : begin + len(numbers)] = numbers
     by_pack_M = np.argsort(pack_of_M, kind="stable")
     starts_P = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.bincount(pack_of_M, minlength=num_packs))])
-    return PackTable(order_M[by_pack_M], starts_P)
+    return PackTable(order_M[by_pack_M].astype(np.int32), starts_P)
 
 
 def fill_ratio(packs: Sequence[Pack], lengths: Sequence[int], pack_tokens: int) -> float:

@@ -14,6 +14,7 @@ from adaptfleet.core.data.rows import BadRows, examples, read_source
 from adaptfleet.core.data.sources import Source
 
 TEXT, PLAIN, CHAT = range(3)
+_HASHED_TOGETHER = 65_536
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,14 @@ def scan(source: Source, seed: int, bad: BadRows) -> Scan:
 
 def row_sha256(example: Example) -> bytes:
     return hashlib.sha256(json.dumps(example.as_row(), ensure_ascii=False, sort_keys=True).encode()).digest()
+
+
+def rows_sha256(digests_N2: npt.NDArray[np.uint64], numbers: npt.NDArray[np.int64]) -> bytes:
+    """The SHA-256 of some rows in their order, by their digests; a few rows are copied at a time."""
+    digest = hashlib.sha256()
+    for begin in range(0, len(numbers), _HASHED_TOGETHER):
+        digest.update(digests_N2[numbers[begin : begin + _HASHED_TOGETHER]].tobytes())
+    return digest.digest()
 
 
 def prompt_place(example: Example, seed: int) -> bytes:

@@ -25,7 +25,7 @@ from adaptfleet.core.data.encoding import Faults, encode_block
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.files import SPAN_ROWS, Span, read_span
 from adaptfleet.core.data.rows import BadRows, examples
-from adaptfleet.core.data.scan import Scan
+from adaptfleet.core.data.scan import Scan, rows_sha256
 from adaptfleet.core.data.tokens import Rows, TokenFile, file_sha256, record_batch, write_tokens
 
 log = logging.getLogger(__name__)
@@ -121,8 +121,8 @@ def tokenizer_sha256(folder: Path, tokenizer: Any) -> str:
 
 
 def _token_file(scan: Scan, chosen: npt.NDArray[np.bool_], encoder: Encoder, tokenizer_sha256: str, execute: Execute) -> Path:
-    rows_sha256 = hashlib.sha256(scan.digests_N2[chosen].tobytes()).hexdigest()
-    made_of = [_FORMAT, rows_sha256, tokenizer_sha256, encoder.max_tokens, encoder.truncate]
+    rows_digest = rows_sha256(scan.digests_N2, np.flatnonzero(chosen)).hex()
+    made_of = [_FORMAT, rows_digest, tokenizer_sha256, encoder.max_tokens, encoder.truncate]
     folder = home() / "cache" / "tokens" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
     num_rows = int(np.count_nonzero(chosen))
     if _is_whole(folder, num_rows):
@@ -150,7 +150,7 @@ def _token_file(scan: Scan, chosen: npt.NDArray[np.bool_], encoder: Encoder, tok
             "rows": num_rows,
             "tokens": num_tokens,
             "sha256": file_sha256(part / "tokens.arrow"),
-            "rows_sha256": rows_sha256,
+            "rows_sha256": rows_digest,
             "tokenizer_sha256": tokenizer_sha256,
             "max_tokens": encoder.max_tokens,
             "truncate": encoder.truncate,

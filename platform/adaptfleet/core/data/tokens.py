@@ -15,6 +15,9 @@ import pyarrow as pa
 
 from adaptfleet.core.data.encoding import Encoded
 
+_RELEASED_AFTER = 1024
+"""Rows read from a file before its mapped pages are given back. The system keeps them in its cache; but they would count as this process's
+memory, 64 KB for each row read at random, until the whole file did."""
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "label_mask": pa.list_(pa.bool_())})
 
 
@@ -83,18 +86,22 @@ class TokenFile:
         reader = pa.ipc.open_file(pa.py_buffer(self._mapped))
         self._batches = [_Batch(reader.get_batch(i)) for i in range(reader.num_record_batches)]
         self._first = np.cumsum([0, *(len(batch.starts) - 1 for batch in self._batches)])
+        self._num_read = 0
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def __getitem__(self, at: int) -> TokenRow:
+        self._num_read += 1
+        if self._num_read % _RELEASED_AFTER == 0:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
         batch = int(np.searchsorted(self._first, at, side="right")) - 1
         return self._batches[batch].row(at - int(self._first[batch]))
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int32]:
         lengths = np.concatenate([np.empty(0, dtype=np.int32), *(np.diff(batch.starts) for batch in self._batches)])
-        # Reading them touched a page of every batch; the system keeps the pages, this process need not.
+        # Reading them touched pages of every batch.
         self._mapped.madvise(mmap.MADV_DONTNEED)
         return lengths
 

@@ -89,13 +89,16 @@ def _folder_sides(folder: Path, name: str) -> Sides:
         )
     if not named:
         return Sides(_source(name, files), None)
-    return Sides(*(_source(name, [file for file in files if sides[file] == side]) for side in ("train", "test")))
+    train, test = ([file for file in files if sides[file] == side] for side in ("train", "test"))
+    return Sides(_source(name, train), _source(name, test, held_out=True))
 
 
-def _source(name: str, files: list[Path]) -> Source | None:
+def _source(name: str, files: list[Path], held_out: bool = False) -> Source | None:
     if not files:
         return None
-    return Source(str(files[0]) if len(files) == 1 else name, tuple(files))
+    if len(files) == 1 and not is_url(name):
+        return Source(str(files[0]), tuple(files))
+    return Source(f"{name} (held-out files)" if held_out else name, tuple(files))
 
 
 def _saved_sides(folder: Path, name: str) -> Sides:
@@ -106,7 +109,7 @@ def _saved_sides(folder: Path, name: str) -> Sides:
         if unknown or not splits:
             raise DataError(f"{folder} has the splits {', '.join(map(repr, splits))}; allowed are {', '.join(_SIDES)}. Name one's folder.")
         files = {side: [f for split in splits if _SIDES[split] == side for f in _shards(folder / split)] for side in ("train", "test")}
-        return Sides(_source(name, files["train"]), _source(name, files["test"]))
+        return Sides(_source(name, files["train"]), _source(name, files["test"], held_out=True))
     return Sides(_source(name, _shards(folder)), None)
 
 

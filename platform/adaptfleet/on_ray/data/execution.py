@@ -1,6 +1,7 @@
 """Where rows become tokens: here, or on the cluster by Ray Data. Both give the same token files, byte for byte."""
 
 import logging
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -62,6 +63,8 @@ class _Tokeniser:
     def __init__(self, shared: Any) -> None:
         import ray
 
+        # Each actor has one CPU; the tokenizer would start a thread for every core of the machine.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.encoder, self.tasks = ray.get(shared)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Iterator[dict[str, list[bytes]]]:

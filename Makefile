@@ -42,6 +42,7 @@ test-all: test test-slow  ## both
 
 bench: setup  ## every benchmark, into bench/results/*.json
 	$(BIN)/python bench/rescore.py
+	$(BIN)/python bench/data.py
 	$(BIN)/python bench/serve.py
 
 bench-serve: setup  ## serving: throughput of mixed adapters against no adapter and stock vLLM

@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "doctor": "what this machine can do, what will be slow, and what to mend",
     "quickstart": "from nothing to a live endpoint: fine-tune two adapters, serve them, compare them with the base",
     "fetch": "bring the embedded model and data sets here",
+    "validate": "what a fine-tune's data are like, and all that is wrong with them",
     "submit": "run a job of jobs/ on a Ray cluster",
     "publish": "publish a folder that was made elsewhere: an adapter, a model or a data set",
     "models": "what is published: list, show, promote, rollback, rm",

@@ -141,6 +141,6 @@ def _place(kind: type[BaseModel], path: Sequence[str | int]) -> tuple[list[str],
 def _specs_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif get_origin(annotation) in (Union, UnionType, Annotated):
+    elif get_origin(annotation) in (Union, UnionType, Annotated, tuple):
         for inner in get_args(annotation):
             yield from _specs_in(inner)

@@ -13,6 +13,7 @@ from adaptfleet.contracts.errors import TrainingError
 from adaptfleet.contracts.jobs import TrainSpec
 from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.packing import Pack, pack_arrays
+from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.methods.adaptation import Adaptation, AdaptedModel
 from adaptfleet.core.optimizer import MasterAdamW
 from adaptfleet.core.packed_forward import PackedBatch, summed_loss
@@ -45,7 +46,7 @@ class Trainer:
         adaptation: Adaptation,
         train: TrainSpec,
         plan: StepPlan,
-        rows: list[Encoded],
+        rows: Rows | list[Encoded],
         pad_id: int,
         loss_of: Callable[[PackedBatch], torch.Tensor] | None = None,
     ) -> None:
@@ -81,7 +82,7 @@ class Trainer:
     def _update(self) -> StepResult:
         packs = self.plan.steps[self.step]
         # Known to every worker without a message: the mean is over the step's labels, not over each worker's.
-        num_labels = sum(sum(self.rows[i].label_mask[1:]) for pack in packs for i in pack.indices)
+        num_labels = sum(self.rows[i].num_labels for pack in packs for i in pack.indices)
         # Dropout draws anew each step, and a resumed step draws what the first try drew.
         torch.manual_seed(hash((self.train.seed, self.step, self.rank)))
         total = torch.zeros(())
@@ -108,7 +109,7 @@ class Trainer:
         self.step += 1
         self.optimizer.take_zeros(self.adaptation.after_step(self.model, self.step))
         self.optimizer.zero_grad()
-        num_tokens = sum(len(self.rows[i].input_ids) for pack in packs for i in pack.indices)
+        num_tokens = sum(len(self.rows[i]) for pack in packs for i in pack.indices)
         return StepResult(self.step, loss, learning_rate, norm, num_tokens)
 
     def _passes(self) -> Iterator[PackedBatch]:

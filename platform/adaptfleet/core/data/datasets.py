@@ -1,126 +1,209 @@
-"""Finding a data set (embedded, published or a file), and holding rows out."""
+"""Finding a data set, mixing several, and holding rows out, without keeping the rows."""
 
 import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from adaptfleet.contracts.data import EMBEDDED_DATASETS, DataSpec
-from adaptfleet.contracts.errors import ContractError, DataError, NotFoundError
-from adaptfleet.contracts.names import Reference, near
-from adaptfleet.core.data.embedded import embedded_dataset
+import numpy as np
+import numpy.typing as npt
+
+from adaptfleet.contracts.data import DataSpec
+from adaptfleet.contracts.errors import DataError
 from adaptfleet.core.data.examples import Example
-from adaptfleet.core.data.rows import SUFFIXES, num_duplicates, read_rows
-from adaptfleet.core.data.sample_order import epoch_order
+from adaptfleet.core.data.rows import BadRows
+from adaptfleet.core.data.sample_order import permutation
+from adaptfleet.core.data.scan import Scan, prompt_place, rows_sha256, scan
+from adaptfleet.core.data.sources import FetchPublished, Sides, Source, find_held_out, find_training
 
 _NUM_SHARED_SHOWN = 5
+
+RowNumbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Dataset:
+    """A data set in memory."""
+
     train: list[Example]
-    """In the seeded order, cut to `max_rows`."""
+    """In the seeded order, cut to `max_rows`; of a mixture, source after source."""
     test: list[Example]
-    """In the file's order."""
+    """In the files' order."""
     sha256: str
     """Of the rows of both, in order: the same rows from another file or format have the same hash."""
     num_duplicates: int = 0
     """Training rows that equal an earlier one. They are kept: a row given twice counts twice."""
 
 
-def load_dataset(spec: DataSpec, fetch_published: Callable[[str], Path] | None = None) -> Dataset:
-    """The rows that a spec asks for.
+@dataclass(frozen=True)
+class DatasetIndex:
+    """A data set on disk: which rows of which files stand on which side. Rows are numbered through all scans, one after another."""
+
+    scans: tuple[Scan, ...]
+    train_parts: tuple[RowNumbers, ...]
+    """The training rows of each source of the mixture, in the seeded order, cut to `max_rows`."""
+    test: RowNumbers
+    """In the files' order."""
+    weights: tuple[float, ...]
+    """Of the training parts."""
+
+    @property
+    def train(self) -> RowNumbers:
+        return np.concatenate(self.train_parts)
+
+    @property
+    def starts(self) -> RowNumbers:
+        """The number of each scan's first row, and of all rows at the end."""
+        return np.cumsum([0, *map(len, self.scans)])
+
+    @property
+    def sha256(self) -> str:
+        digests_N2 = self.scans[0].digests_N2 if len(self.scans) == 1 else np.concatenate([s.digests_N2 for s in self.scans])
+        sides = [rows_sha256(digests_N2, numbers) for numbers in (self.train, self.test)]
+        return hashlib.sha256(b"".join(sides)).hexdigest()
+
+    @property
+    def num_duplicates(self) -> int:
+        # 64 bits tell a hundred million rows apart with a chance of one in three thousand to miscount by one.
+        digests_N = np.concatenate([s.digests_N2[:, 0] for s in self.scans])[self.train]
+        return len(digests_N) - len(np.unique(digests_N))
+
+    def examples_at(self, numbers: RowNumbers) -> list[Example]:
+        """A few rows, in the given order."""
+        starts = self.starts
+        owners = np.searchsorted(starts, numbers, side="right") - 1
+        found: dict[int, Example] = {}
+        for owner in np.unique(owners).tolist():
+            mine = numbers[owners == owner]
+            found.update(zip(mine.tolist(), self.scans[owner].examples_at(mine - starts[owner]), strict=True))
+        return [found[number] for number in numbers.tolist()]
+
+    def load(self) -> Dataset:
+        """All of it in memory: for sets that are known to be small."""
+        return Dataset(self.examples_at(self.train), self.examples_at(self.test), self.sha256, self.num_duplicates)
+
+
+def load_dataset(spec: DataSpec, fetch_published: FetchPublished | None = None) -> Dataset:
+    """The rows that a spec asks for, in memory; see `open_dataset`."""
+    return open_dataset(spec, fetch_published).load()
+
+
+def open_dataset(spec: DataSpec, fetch_published: FetchPublished | None = None) -> DatasetIndex:
+    """Which rows a spec asks for. Each source is read through once.
 
     `fetch_published` gives the local folder of a published data set, which holds `train.jsonl` and perhaps `test.jsonl`.
-    DataError: nothing of that name, unusable rows, or held-out prompts that stand among the training rows too.
+    DataError: nothing of that name, unusable rows, or held-out prompts that stand among the training rows too; the faults of all sources.
     """
-    train, test = _sides(spec, fetch_published)
-    order = epoch_order(len(train), spec.seed, epoch=0)[: spec.max_rows]
-    train = [train[i] for i in order]
-    return Dataset(train, test, _sha256(train, test), num_duplicates(train))
+    index, faults = survey_dataset(spec, fetch_published)
+    if faults:
+        raise DataError("\n".join(map(str, faults)))
+    return index
 
 
-def _sides(spec: DataSpec, fetch_published: Callable[[str], Path] | None) -> tuple[list[Example], list[Example]]:
-    if spec.train in EMBEDDED_DATASETS:
-        folder = embedded_dataset(spec.train)
-        return read_rows(folder / "train.jsonl"), read_rows(folder / "test.jsonl")
-    if spec.train.endswith(SUFFIXES) or "/" in spec.train or Path(spec.train).exists():
-        train_file, test_file = Path(spec.train), None
-    else:
-        train_file, test_file = _published(spec.train, fetch_published)
-    if spec.test is not None:
-        test_file = Path(spec.test)
-    train = read_rows(train_file)
-    if test_file is None:
-        return split_rows(train, spec.test_fraction, spec.seed)
-    test = read_rows(test_file)
-    _check_no_leak(train, test, train_file, test_file)
-    return train, test
+def survey_dataset(
+    spec: DataSpec, fetch_published: FetchPublished | None = None, found_bad: dict[str, BadRows] | None = None
+) -> tuple[DatasetIndex, list[DataError]]:
+    """The index of the usable rows, and why the set cannot be trained on as it is. `found_bad` receives the unusable rows by source name.
+
+    DataError: a source cannot be found or read at all.
+    """
+    sides, held_out = _found(spec, fetch_published)
+    sources = [side.train for side in sides if side.train] + held_out
+    scans, faults = [], []
+    for source in sources:
+        bad = BadRows()
+        scans.append(scan(source, spec.seed, bad))
+        if found_bad is not None:
+            found_bad[source.name] = bad
+        error = bad.error(source, len(scans[-1]))
+        if error:
+            faults.append(error)
+    if faults and found_bad is None:
+        return DatasetIndex(tuple(scans), (), np.empty(0, dtype=np.int64), ()), faults
+    starts = np.cumsum([0, *map(len, scans)])
+    parts = [np.arange(starts[i], starts[i + 1]) for i in range(len(sides))]
+    given = np.arange(starts[len(sides)], starts[-1])
+    prompts = np.concatenate([s.prompts_N for s in scans])
+    divided = [] if spec.test is not None else [i for i, side in enumerate(sides) if side.test is None]
+    test = [given]
+    if divided:
+        try:
+            is_held_out = held_out_prompts(np.concatenate([prompts[parts[i]] for i in divided]), spec.test_fraction)
+        except DataError as error:
+            faults.append(error)
+            is_held_out = prompts[:0]
+        for i in divided:
+            chosen = np.isin(prompts[parts[i]], is_held_out)
+            test.append(parts[i][chosen])
+            parts[i] = parts[i][~chosen]
+    seeded = tuple(part[permutation(len(part), spec.seed, epoch=0)[: spec.max_rows]] for part in parts)
+    weights = tuple(entry.weight for entry in spec.sources())
+    index = DatasetIndex(tuple(scans), seeded, np.sort(np.concatenate(test)), weights)
+    empty = [entry.source for entry, part in zip(spec.sources(), seeded, strict=True) if not len(part)]
+    if empty and not faults:
+        faults.append(DataError(f"no row of {', '.join(empty)} is left to train on: all were held out. Lower data.test_fraction."))
+    leak = _leak(index, np.concatenate(parts), prompts) if len(given) else None
+    return index, [*faults, leak] if leak else faults
 
 
-def _published(text: str, fetch_published: Callable[[str], Path] | None) -> tuple[Path, Path | None]:
-    looked_for = (
-        f"the data set {text!r} is neither embedded ({', '.join(EMBEDDED_DATASETS)}), nor a {' or '.join(SUFFIXES)} file, "
-        f"nor a published data set.{near(text, EMBEDDED_DATASETS)}"
-    )
+def _found(spec: DataSpec, fetch_published: FetchPublished | None) -> tuple[list[Sides], list[Source]]:
+    """The sources' sides, and the held-out sources; what cannot be found is reported together."""
+    sides: list[Sides] = []
+    missing: list[str] = []
+    held_out: list[Source] = []
+    for entry in spec.sources():
+        try:
+            sides.append(find_training(entry.source, fetch_published))
+        except DataError as error:
+            missing.append(str(error))
     try:
-        Reference.parse(text)
-    except ContractError as error:
-        raise DataError(f"{looked_for} {error}") from None
-    if fetch_published is None:
-        raise DataError(f"{looked_for} Published data sets were not looked for: no registry is open here.")
-    try:
-        folder = fetch_published(text)
-    except NotFoundError as error:
-        raise DataError(f"{looked_for} {error}") from None
-    train, test = folder / "train.jsonl", folder / "test.jsonl"
-    if not train.is_file():
-        raise DataError(f"the published artifact {text!r} has no file train.jsonl, so it is no data set to train on.")
-    return train, test if test.is_file() else None
+        held_out = [find_held_out(spec.test)] if spec.test is not None else [side.test for side in sides if side.test]
+    except DataError as error:
+        missing.append(str(error))
+    if missing:
+        raise DataError("\n".join(missing))
+    return sides, held_out
 
 
 def split_rows(rows: list[Example], test_fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Train and test rows. A row's side depends on its prompt and the seed alone, so that equal prompts stand together and rows that are
-    added later leave the others where they are. Each side gets at least one prompt.
+    """Train and test rows of a set in memory; see `held_out_prompts`."""
+    prompts_N = np.frombuffer(b"".join(prompt_place(row, seed) for row in rows), dtype="<u8")
+    is_held_out = np.isin(prompts_N, held_out_prompts(prompts_N, test_fraction)).tolist()
+    return [r for r, held in zip(rows, is_held_out, strict=True) if not held], [
+        r for r, held in zip(rows, is_held_out, strict=True) if held
+    ]
+
+
+def held_out_prompts(prompts_N: npt.NDArray[np.uint64], test_fraction: float) -> npt.NDArray[np.uint64]:
+    """The prompts that go to the test side. A prompt's side depends on itself and the seed alone, so that equal prompts stand together and
+    rows that are added later leave the others where they are. Each side gets at least one prompt.
     """
-    places = {key: _place(key, seed) for key in {row.prompt_key() for row in rows}}
+    places = np.unique(prompts_N)
     if len(places) < 2:
-        raise DataError(f"the {len(rows)} rows have one prompt among them, so none can be held out. Add rows, or name a file in `test`.")
-    held_out = {key for key, place in places.items() if place < test_fraction}
-    if not held_out:
-        held_out = {min(places, key=places.__getitem__)}
-    if len(held_out) == len(places):
-        held_out.remove(max(places, key=places.__getitem__))
-    return [r for r in rows if r.prompt_key() not in held_out], [r for r in rows if r.prompt_key() in held_out]
+        raise DataError(
+            f"the {len(prompts_N)} rows have one prompt among them, so none can be held out. Add rows, or name a file in `test`."
+        )
+    num_held_out = int(np.searchsorted(places.astype(np.float64) / 2.0**64, test_fraction))
+    return places[: min(max(1, num_held_out), len(places) - 1)]
 
 
-def _place(key: str, seed: int) -> float:
-    """A place in [0, 1), even over keys."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
-
-
-def _check_no_leak(train: list[Example], test: list[Example], train_file: Path, test_file: Path) -> None:
-    first_in_train: dict[str, Example] = {}
-    for row in train:
-        first_in_train.setdefault(row.prompt_key(), row)
-    shared = [(row, first_in_train[row.prompt_key()]) for row in test if row.prompt_key() in first_in_train]
-    if not shared:
-        return
-    shown = [f"  {t.origin} = {s.origin}: {_shortened(t)}" for t, s in shared[:_NUM_SHARED_SHOWN]]
+def _leak(index: DatasetIndex, train: RowNumbers, prompts: npt.NDArray[np.uint64]) -> DataError | None:
+    in_train, first = np.unique(prompts[train], return_index=True)
+    shared = index.test[np.isin(prompts[index.test], in_train)]
+    if not len(shared):
+        return None
+    some = shared[:_NUM_SHARED_SHOWN]
+    twins = train[first[np.searchsorted(in_train, prompts[some])]]
+    pairs = zip(index.examples_at(some), index.examples_at(twins), strict=True)
+    shown = [f"  {t.origin} = {s.origin}: {_shortened(t)}" for t, s in pairs]
     rest = [f"  ... and {len(shared) - len(shown)} more"] if len(shared) > len(shown) else []
-    count = f"{len(shared)} of {len(test)} held-out rows in {test_file} have prompts that stand in {train_file} too"
-    raise DataError("\n".join([f"{count}: results on them would be memory. Remove them from one of the two.", *shown, *rest]))
+    files = [", ".join(dict.fromkeys(index.scans[i].source.name for i in _owners(index, rows))) for rows in (index.test, train)]
+    count = f"{len(shared)} of {len(index.test)} held-out rows in {files[0]} have prompts that stand in {files[1]} too"
+    return DataError("\n".join([f"{count}: results on them would be memory. Remove them from one of the two.", *shown, *rest]))
+
+
+def _owners(index: DatasetIndex, numbers: RowNumbers) -> list[int]:
+    return np.unique(np.searchsorted(index.starts, numbers, side="right") - 1).tolist()
 
 
 def _shortened(row: Example) -> str:
     text = row.text if row.text is not None else row.prompt[-1].content
     return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _sha256(train: list[Example], test: list[Example]) -> str:
-    digest = hashlib.sha256()
-    for side, rows in (("train", train), ("test", test)):
-        for row in rows:
-            digest.update(json.dumps([side, row.as_row()], ensure_ascii=False, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()

@@ -4,17 +4,23 @@ A conversation is rendered by the tokenizer's own chat template (`rendering`) an
 that serving sees.
 """
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adaptfleet.contracts.errors import DataError, ModelError
 from adaptfleet.core.data.examples import Example
-from adaptfleet.core.data.rendering import Rendered, Span, UnusableError, apply_template, check_no_control_token, control_tokens, render
-
-MAX_SHOWN = 50
-"""Rows shown in one error; the count is of all."""
+from adaptfleet.core.data.listing import Listing, rows
+from adaptfleet.core.data.rendering import (
+    ControlTokenError,
+    Rendered,
+    Span,
+    UnusableError,
+    apply_template,
+    check_no_control_token,
+    control_tokens,
+    render,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,63 @@ class Encoded:
         return sum(self.label_mask)
 
 
+@dataclass
+class Faults:
+    """The rows of one or many blocks that cannot be trained on, by the reason."""
+
+    num_rows: int = 0
+    """Rows looked at, the good ones too."""
+    untemplated: Listing = field(default_factory=Listing)
+    controls: Listing = field(default_factory=Listing)
+    unusable: Listing = field(default_factory=Listing)
+    melted: Listing = field(default_factory=Listing)
+    too_long: Listing = field(default_factory=Listing)
+    unlabelled: Listing = field(default_factory=Listing)
+    longest: int = 0
+
+    def merge(self, later: "Faults") -> None:
+        self.num_rows += later.num_rows
+        self.longest = max(self.longest, later.longest)
+        for name in ("untemplated", "controls", "unusable", "melted", "too_long", "unlabelled"):
+            getattr(self, name).merge(getattr(later, name))
+
+    def error(self, max_tokens: int) -> DataError | None:
+        """One error that lists them all, or None where there are none."""
+        parts: list[str] = []
+        if self.untemplated.count:
+            parts.append(
+                f"the tokenizer has no chat template, and {rows(self.untemplated.count)} of `messages` (the first: "
+                f"{self.untemplated.shown[0]}) need one. "
+                f"Use an instruct model, give its folder a chat_template.jinja, or use rows of `prompt` and `completion`."
+            )
+        if self.controls.count:
+            parts.append(self.controls.text(f"{rows(self.controls.count)} cannot be turned into tokens."))
+        if self.unusable.count:
+            parts.append(self.unusable.text(f"{rows(self.unusable.count)} cannot be turned into tokens."))
+        if self.melted.count:
+            parts.append(self.melted.text(f"{rows(self.melted.count)} cannot be tokenised as serving would."))
+        if self.too_long.count:
+            fact = (
+                f"{rows(self.too_long.count)} of {self.num_rows} are longer than {max_tokens} tokens. "
+                f"Raise train.pack_tokens to {self.longest}, shorten them, or set train.truncate to cut them."
+            )
+            parts.append(self.too_long.text(fact))
+        if self.unlabelled.count:
+            parts.append(self.unlabelled.text(f"{rows(self.unlabelled.count)} would have no answer within {max_tokens} tokens."))
+        return DataError("\n".join(parts)) if parts else None
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    rows: list[Encoded]
+    """The good rows in order; cut, if they were to be."""
+    faults: Faults
+    names: list[str]
+    """Of every row that could be tokenised."""
+    lengths: list[int]
+    """Its tokens, before any are cut."""
+
+
 def encode(example: Example, tokenizer: Any, max_tokens: int, truncate: bool = False) -> Encoded:
     """One example; see `encode_all`."""
     return encode_all([example], tokenizer, max_tokens, truncate)[0]
@@ -46,23 +109,40 @@ def encode_all(examples: Sequence[Example], tokenizer: Any, max_tokens: int, tru
     melt into the prompt's tokens.
     ModelError: the tokenizer has no offsets or no end-of-sequence token.
     """
+    block = encode_block(examples, tokenizer, max_tokens, truncate)
+    error = block.faults.error(max_tokens)
+    if error:
+        raise error
+    return block.rows
+
+
+def encode_block(examples: Sequence[Example], tokenizer: Any, max_tokens: int, truncate: bool = False) -> EncodedBlock:
+    """What `encode_all` does, with the unusable rows as a value: blocks of a large set are encoded apart and reported together."""
+    faults = Faults(num_rows=len(examples))
     _check_tokenizer(examples, tokenizer)
     controls = control_tokens(tokenizer)
-    unusable: list[str] = []
+    usable: list[Example] = []
     rendered: list[Rendered] = []
     for i, example in enumerate(examples):
         try:
+            if example.messages and not example.plain and not tokenizer.chat_template:
+                faults.untemplated.add(_name(example, i))
+                continue
             check_no_control_token(example, controls)
             rendered.append(render(example, tokenizer))
+            usable.append(example if example.origin else replace(example, origin=_name(example, i)))
+        except ControlTokenError as reason:
+            faults.controls.add(f"{_name(example, i)}: {reason}")
         except UnusableError as reason:
-            unusable.append(f"{_name(example, i)}: {reason}")
-    if unusable:
-        raise DataError(_listing(f"{_rows(len(unusable))} cannot be turned into tokens.", unusable))
+            faults.unusable.add(f"{_name(example, i)}: {reason}")
     encoded = _tokenise(rendered, tokenizer)
-    unusable = _melted(rendered, encoded, tokenizer, examples)
-    if unusable:
-        raise DataError(_listing(f"{_rows(len(unusable))} cannot be tokenised as serving would.", unusable))
-    return _within(encoded, examples, max_tokens, truncate)
+    melted = _melted(rendered, encoded, tokenizer, usable)
+    faults.melted.extend(melted.values())
+    good: list[Encoded] = []
+    for i, (example, row) in enumerate(zip(usable, encoded, strict=True)):
+        if i not in melted:
+            _within(example, row, max_tokens, truncate, good, faults)
+    return EncodedBlock(good, faults, [example.origin for example in usable], [len(row) for row in encoded])
 
 
 def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
@@ -85,16 +165,7 @@ def _check_tokenizer(examples: Sequence[Example], tokenizer: Any) -> None:
             "the tokenizer gives no character offsets, which place the answers. Use a model folder with a tokenizer.json, "
             "as `tokenizer.save_pretrained` of a fast tokenizer writes it."
         )
-    if tokenizer.chat_template:
-        needs_eos = [e for e in examples if e.text is not None]
-    else:
-        chats = [e for e in examples if e.messages and not e.plain]
-        if chats:
-            raise DataError(
-                f"the tokenizer has no chat template, and {_rows(len(chats))} of `messages` (the first: {_name(chats[0], 0)}) need one. "
-                f"Use an instruct model, give its folder a chat_template.jinja, or use rows of `prompt` and `completion`."
-            )
-        needs_eos = list(examples)
+    needs_eos = [e for e in examples if e.text is not None or (e.plain and not tokenizer.chat_template)]
     if needs_eos and tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-sequence token, so no text can end. Set eos_token in its tokenizer_config.json.")
 
@@ -132,8 +203,8 @@ def _label_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     return mask
 
 
-def _melted(rendered: Sequence[Rendered], encoded: Sequence[Encoded], tokenizer: Any, examples: Sequence[Example]) -> list[str]:
-    """Reasons for the rows in which the prompt alone, as serving tokenises it, has other ids than it has before its answer."""
+def _melted(rendered: Sequence[Rendered], encoded: Sequence[Encoded], tokenizer: Any, examples: Sequence[Example]) -> dict[int, str]:
+    """Reasons, by index, for the rows in which the prompt alone, as serving tokenises it, has other ids than before its answer."""
     texts: list[str] = []
     places: list[tuple[int, int]] = []
     for i, (r, e) in enumerate(zip(rendered, encoded, strict=True)):
@@ -144,7 +215,7 @@ def _melted(rendered: Sequence[Rendered], encoded: Sequence[Encoded], tokenizer:
                 texts.append(r.text[:start])
                 places.append((i, token))
     if not texts:
-        return []
+        return {}
     reasons: dict[int, str] = {}
     for special in (False, True):
         chosen = [k for k, (i, _) in enumerate(places) if rendered[i].special_tokens is special]
@@ -159,37 +230,21 @@ def _melted(rendered: Sequence[Rendered], encoded: Sequence[Encoded], tokenizer:
                     f"{_name(examples[i], i)}: the answer's beginning melts into one token with the end of the prompt. "
                     f"Let the answer begin without whitespace, and a prompt without a chat template end in a line break.",
                 )
-    return [reasons[i] for i in sorted(reasons)]
+    return dict(sorted(reasons.items()))
 
 
-def _within(encoded: list[Encoded], examples: Sequence[Example], max_tokens: int, truncate: bool) -> list[Encoded]:
-    too_long = [i for i, e in enumerate(encoded) if len(e) > max_tokens]
-    if too_long and not truncate:
-        lines = [f"{_name(examples[i], i)}: {len(encoded[i])} tokens" for i in too_long]
-        longest = max(len(encoded[i]) for i in too_long)
-        raise DataError(
-            _listing(
-                f"{_rows(len(too_long))} of {len(encoded)} are longer than {max_tokens} tokens. "
-                f"Raise train.pack_tokens to {longest}, shorten them, or set train.truncate to cut them.",
-                lines,
-            )
-        )
-    cut = [Encoded(e.input_ids[:max_tokens], e.label_mask[:max_tokens]) if len(e) > max_tokens else e for e in encoded]
-    unlabelled = [f"{_name(examples[i], i)}: {len(encoded[i])} tokens" for i, e in enumerate(cut) if not any(e.label_mask)]
-    if unlabelled:
-        raise DataError(_listing(f"{_rows(len(unlabelled))} would have no answer within {max_tokens} tokens.", unlabelled))
-    return cut
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
+def _within(example: Example, row: Encoded, max_tokens: int, truncate: bool, good: list[Encoded], faults: Faults) -> None:
+    """Adds the row to the good ones, cut to the limit if it may be, or to the faults."""
+    if len(row) > max_tokens and not truncate:
+        faults.too_long.add(f"{example.origin}: {len(row)} tokens")
+        faults.longest = max(faults.longest, len(row))
+        return
+    cut = Encoded(row.input_ids[:max_tokens], row.label_mask[:max_tokens]) if len(row) > max_tokens else row
+    if any(cut.label_mask):
+        good.append(cut)
+    else:
+        faults.unlabelled.add(f"{example.origin}: {len(row)} tokens")
 
 
 def _name(example: Example, index: int) -> str:
     return example.origin or f"row {index}"
-
-
-def _listing(fact: str, lines: Sequence[str]) -> str:
-    shown = [f"  {line}" for line in itertools.islice(lines, MAX_SHOWN)]
-    rest = [f"  ... and {len(lines) - len(shown)} more"] if len(lines) > len(shown) else []
-    return "\n".join([fact, *shown, *rest])

@@ -6,15 +6,19 @@ Packs are planned from the epoch's order before any worker takes its share: the 
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
 from adaptfleet.contracts.errors import DataError
 from adaptfleet.core.data.encoding import Encoded
+from adaptfleet.core.data.tokens import TokenRow
 
 NUM_OPEN_PACKS = 64
 """Packs that wait for a fitting example. More fill better and mix the order less."""
+_PLANNED_TOGETHER = 65_536
+"""Lengths that are Python's numbers at a time."""
 
 
 @dataclass(frozen=True)
@@ -24,34 +28,74 @@ class Pack:
     indices: tuple[int, ...]
 
 
-def plan_packs(lengths: Sequence[int], pack_tokens: int, order: Sequence[int]) -> list[Pack]:
+@dataclass(frozen=True)
+class PackTable(Sequence[Pack]):
+    """Many packs in two arrays: pack p holds `indices_N[starts_P[p] : starts_P[p + 1]]`."""
+
+    indices_N: npt.NDArray[np.int32]
+    starts_P: npt.NDArray[np.int64]
+    """One more than there are packs: the last is the number of indices."""
+
+    def __len__(self) -> int:
+        return len(self.starts_P) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> Pack: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Pack]: ...
+    def __getitem__(self, at: int | slice) -> Pack | list[Pack]:
+        if isinstance(at, slice):
+            return [self[p] for p in range(*at.indices(len(self)))]
+        p = range(len(self))[at]
+        return Pack(tuple(self.indices_N[self.starts_P[p] : self.starts_P[p + 1]].tolist()))
+
+    @classmethod
+    def joined(cls, tables: "Sequence[PackTable]", num_packs: int | None = None) -> "PackTable":
+        """The tables one after another, cut to the first `num_packs`."""
+        sizes_P = np.concatenate([np.diff(table.starts_P) for table in tables])[:num_packs]
+        starts_P = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes_P, dtype=np.int64)])
+        return cls(np.concatenate([table.indices_N for table in tables])[: starts_P[-1]], starts_P)
+
+
+def plan_packs(lengths: Sequence[int] | npt.NDArray[np.int32], pack_tokens: int, order: Sequence[int]) -> list[Pack]:
+    """`pack_table` as a list, for a few rows."""
+    return list(pack_table(np.asarray(lengths, dtype=np.int32), pack_tokens, np.asarray(order, dtype=np.int64)))
+
+
+def pack_table(lengths_N: npt.NDArray[np.int32], pack_tokens: int, order_M: npt.NDArray[np.int64]) -> PackTable:
     """Best fit with a bounded number of open packs: each example of the order goes where it leaves the least room.
 
-    `lengths` has the number of tokens of each example, `order` the indices of those to pack. The packs stand in the order in which they
+    `lengths_N` has the number of tokens of each example, `order_M` the indices of those to pack. The packs stand in the order in which they
     were begun. DataError lists the examples that are longer than a pack.
     """
-    too_long = [i for i in order if lengths[i] > pack_tokens]
-    if too_long:
-        shown = ", ".join(f"{i} ({lengths[i]})" for i in too_long[:20])
+    too_long = order_M[lengths_N[order_M] > pack_tokens]
+    if len(too_long):
+        shown = ", ".join(f"{i} ({lengths_N[i]})" for i in too_long[:20].tolist())
         raise DataError(
             f"{len(too_long)} examples are longer than a pack of {pack_tokens} tokens: {shown}{', ...' if len(too_long) > 20 else ''}."
         )
-    contents: list[list[int]] = []
+    pack_of_M = np.empty(len(order_M), dtype=np.int32)
+    num_packs = 0
     # Open packs as (room left, number), sorted: the first with enough room is the best fit, the oldest among equals.
     open_packs: list[tuple[int, int]] = []
-    for i in order:
-        at = bisect.bisect_left(open_packs, (lengths[i], -1))
-        if at < len(open_packs):
-            room, number = open_packs.pop(at)
-            contents[number].append(i)
-        else:
-            room, number = pack_tokens, len(contents)
-            contents.append([i])
-            if len(open_packs) == NUM_OPEN_PACKS:
-                # The fullest has the least hope of another example.
-                open_packs.pop(0)
-        bisect.insort(open_packs, (room - lengths[i], number))
-    return [Pack(tuple(indices)) for indices in contents]
+    for begin in range(0, len(order_M), _PLANNED_TOGETHER):
+        numbers: list[int] = []
+        for length in lengths_N[order_M[begin : begin + _PLANNED_TOGETHER]].tolist():
+            at = bisect.bisect_left(open_packs, (length, -1))
+            if at < len(open_packs):
+                room, number = open_packs.pop(at)
+            else:
+                room, number = pack_tokens, num_packs
+                num_packs += 1
+                if len(open_packs) == NUM_OPEN_PACKS:
+                    # The fullest has the least hope of another example.
+                    open_packs.pop(0)
+            numbers.append(number)
+            bisect.insort(open_packs, (room - length, number))
+        pack_of_M[begin : begin + len(numbers)] = numbers
+    by_pack_M = np.argsort(pack_of_M, kind="stable")
+    starts_P = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.bincount(pack_of_M, minlength=num_packs))])
+    return PackTable(order_M[by_pack_M].astype(np.int32), starts_P)
 
 
 def fill_ratio(packs: Sequence[Pack], lengths: Sequence[int], pack_tokens: int) -> float:
@@ -59,7 +103,9 @@ def fill_ratio(packs: Sequence[Pack], lengths: Sequence[int], pack_tokens: int) 
     return sum(lengths[i] for pack in packs for i in pack.indices) / (len(packs) * pack_tokens) if packs else 0.0
 
 
-def pack_arrays(pack: Pack, encoded: Sequence[Encoded], pack_tokens: int, pad_id: int) -> dict[str, npt.NDArray[np.generic]]:
+def pack_arrays(
+    pack: Pack, encoded: Sequence[Encoded] | Sequence[TokenRow], pack_tokens: int, pad_id: int
+) -> dict[str, npt.NDArray[np.generic]]:
     """One packed row, arrays of length T = pack_tokens.
 
     input_ids_T     int64, padded at the end with `pad_id`

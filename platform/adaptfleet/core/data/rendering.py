@@ -20,6 +20,10 @@ class UnusableError(Exception):
     """The reason why an example cannot be encoded."""
 
 
+class ControlTokenError(UnusableError):
+    """A text holds one of the template's own special tokens."""
+
+
 @dataclass(frozen=True)
 class _Answer:
     """Places of an assistant's turn in the rendered text; `end` is past the end-of-turn token."""
@@ -50,11 +54,11 @@ def control_tokens(tokenizer: Any) -> list[str]:
 
 
 def check_no_control_token(example: Example, controls: Sequence[str]) -> None:
-    """Raises UnusableError if a message holds one: the tokenizer would read it as the token itself."""
+    """Raises ControlTokenError if a message holds one: the tokenizer would read it as the token itself."""
     for i, message in enumerate(example.messages):
         token = next((t for t in controls if t in message.content), None)
         if token:
-            raise UnusableError(
+            raise ControlTokenError(
                 f"messages[{i}] holds {token!r}, a special token that would begin or end a turn there. Remove it from the text."
             )
 

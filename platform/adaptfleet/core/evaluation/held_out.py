@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from adaptfleet.core.data.encoding import Encoded, encode_prompt
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.packing import pack_arrays, plan_packs
+from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.evaluation.answers import AnswerScores, score_answers
 from adaptfleet.core.packed_forward import PackedBatch, num_virtual_tokens, summed_loss
 
@@ -30,7 +31,7 @@ class HeldOutLoss:
 @torch.no_grad()
 def held_out_loss(
     model: PeftModel | PreTrainedModel,
-    rows: list[Encoded],
+    rows: Rows | list[Encoded],
     pack_tokens: int,
     pad_id: int,
     loss_of: Callable[[PackedBatch], torch.Tensor] | None = None,
@@ -39,7 +40,7 @@ def held_out_loss(
     loss_of = loss_of or partial(summed_loss, model)
     model.eval()
     total, num_labels = 0.0, 0
-    for pack in plan_packs([len(row.input_ids) for row in rows], pack_tokens, list(range(len(rows)))):
+    for pack in plan_packs([len(row) for row in rows], pack_tokens, list(range(len(rows)))):
         batch = PackedBatch.stack([pack_arrays(pack, rows, pack_tokens, pad_id)], model.device)
         total += float(loss_of(batch))
         num_labels += batch.num_labels

@@ -33,9 +33,10 @@ def load_rows(job: EvaluateJob, registry: Registry) -> Rows:
         def fetch(reference: str) -> Path:
             return registry.fetch(registry.resolve(reference), home() / "cache" / "artifacts")
 
-        examples, origin, seed = load_dataset(job.data, fetch).test, job.data.test or job.data.train, job.data.seed
+        sources = ", ".join(entry.source for entry in job.data.sources())
+        examples, origin, seed = load_dataset(job.data, fetch).test, job.data.test or sources, job.data.seed
         if not examples:
-            raise DataError(f"no row of {job.data.train!r} is held out; raise data.test_fraction, or give data.test or rows.")
+            raise DataError(f"no row of {sources} is held out; raise data.test_fraction, or give data.test or rows.")
     examples = [examples[i] for i in epoch_order(len(examples), seed, epoch=0)][: job.max_rows]
     if not job.perplexity and all(example.answer is None for example in examples):
         raise DataError(f"the rows of {origin!r} are plain texts, which have nothing to answer, and perplexity is false; set it.")

@@ -1,7 +1,9 @@
 """A fine-tune from contract to published adapter."""
 
+import functools
 import json
 import logging
+from contextlib import ExitStack
 from importlib import metadata
 
 from adaptfleet.contracts import errors
@@ -30,10 +32,13 @@ def run_finetune(job: FinetuneJob) -> str:
             registry.set_alias(published.name, job.publish.alias, published.version)
         return published.reference
     check_trackers(job)
-    prepared = prepare(job, registry)
-    folder = RunFolder.open(job)
-    _describe(job, prepared, folder)
-    with joined_cluster():
+    with ExitStack() as stack:
+        # Joined when it is first needed: faults are found before a cluster is started.
+        join = functools.cache(lambda: stack.enter_context(joined_cluster()))
+        prepared = prepare(job, registry, join)
+        folder = RunFolder.open(job)
+        _describe(job, prepared, folder)
+        join()
         # Ray reads its environment when it is imported.
         from adaptfleet.on_ray.train.fit import fit
 
@@ -49,10 +54,8 @@ def run_finetune(job: FinetuneJob) -> str:
 
 def _describe(job: FinetuneJob, prepared: Prepared, folder: RunFolder) -> None:
     """Writes what the workers read and what explains the run."""
-    folder.write_rows("train", prepared.train_rows)
-    folder.write_rows("test", prepared.test_rows)
-    folder.write_examples(prepared.dataset.test)
     plan = prepared.plan
+    folder.write_rows(prepared.train_rows, prepared.test_rows, plan, prepared.test_examples)
     facts = {
         "base": prepared.base,
         "base_revision": prepared.base_revision,
@@ -97,7 +100,10 @@ def _publish(
         base=prepared.base if kind == "adapter" else None,
         base_revision=prepared.base_revision if kind == "adapter" else None,
         method=method,
-        parents=(f"base:{prepared.base}:{prepared.base_revision[:16]}", f"data:{job.data.train}:{prepared.dataset.sha256[:16]}"),
+        parents=(
+            f"base:{prepared.base}:{prepared.base_revision[:16]}",
+            *(f"data:{entry.source}:{prepared.dataset.sha256[:16]}" for entry in job.data.sources()),
+        ),
         contract_fingerprint=job.fingerprint(),
         metrics=metrics,
         libraries=(folder.read_json("facts.json") or {})["libraries"],

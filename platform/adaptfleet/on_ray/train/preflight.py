@@ -1,8 +1,10 @@
 """Everything about a fine-tune that can be wrong is found here, before a worker starts."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -10,12 +12,17 @@ from adaptfleet.contracts.errors import AdaptfleetError, ContractError, DataErro
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.serving import ServingSpec
-from adaptfleet.core.data.datasets import Dataset, load_dataset
-from adaptfleet.core.data.encoding import Encoded, encode_all
-from adaptfleet.core.data.sample_order import epoch_order
+from adaptfleet.core.data.datasets import DatasetIndex, RowNumbers, open_dataset
+from adaptfleet.core.data.examples import Example
+from adaptfleet.core.data.mixture import Mixture
+from adaptfleet.core.data.sample_order import permutation
+from adaptfleet.core.data.scan import TEXT
+from adaptfleet.core.data.token_cache import Encoder, tokenise, tokenizer_sha256
+from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.models.loading import base_revision, load_tokenizer, resolve_model_folder
 from adaptfleet.core.steps import StepPlan, plan_steps
+from adaptfleet.on_ray.data.execution import choose_execution
 from adaptfleet.store.registry import Registry
 
 
@@ -23,14 +30,20 @@ from adaptfleet.store.registry import Registry
 class Prepared:
     base: str
     base_revision: str
-    dataset: Dataset
-    train_rows: list[Encoded]
-    test_rows: list[Encoded]
+    dataset: DatasetIndex
+    train_rows: Rows
+    test_rows: Rows
+    """In a seeded order: a run may look at the first alone, and files tend to be sorted."""
+    test_examples: list[Example]
+    """The first of the test rows that have a prompt, to be answered."""
     plan: StepPlan
 
 
-def prepare(job: FinetuneJob, registry: Registry) -> Prepared:
-    """Model, data and method held against each other. Faults of the model and of the data are reported together."""
+def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], None]) -> Prepared:
+    """Model, data and method held against each other. Faults of the model and of the data are reported together.
+
+    `join_cluster` makes `ray.init()` find a cluster; it is called only where the cluster is to tokenise.
+    """
     offenders: list[AdaptfleetError] = []
     base_id = ServingSpec(model=job.model).base_id()
     if job.publish and job.publish.name == base_id:
@@ -46,20 +59,29 @@ def prepare(job: FinetuneJob, registry: Registry) -> Prepared:
         return registry.fetch(registry.resolve(reference), home() / "cache" / "artifacts")
 
     try:
-        dataset = load_dataset(job.data, fetch)
-        # A run may look at the first held-out rows alone. Files tend to be sorted, so these would be no fair sample.
-        dataset = replace(dataset, test=[dataset.test[i] for i in epoch_order(len(dataset.test), job.data.seed, epoch=0)])
-        limit = job.train.pack_tokens
-        train_rows = encode_all(dataset.train, tokenizer, limit, job.train.truncate)
-        test_rows = encode_all(dataset.test, tokenizer, limit, job.train.truncate)
-        if not test_rows:
-            raise DataError(f"no row of {job.data.train!r} is held out; raise data.test_fraction or give data.test.")
+        dataset = open_dataset(job.data, fetch)
+        if not len(dataset.test):
+            names = ", ".join(entry.source for entry in job.data.sources())
+            raise DataError(f"no row of {names} is held out; raise data.test_fraction or give data.test.")
+        encoder = Encoder(tokenizer, job.train.pack_tokens, job.train.truncate)
+        execute = choose_execution(job.data.preprocess, len(dataset.train) + len(dataset.test), join_cluster)
+        tokens = tokenise(dataset, encoder, tokenizer_sha256(folder, tokenizer), execute)
     except DataError as error:
         offenders.append(error)
     if offenders:
         raise type(offenders[0])("\n".join(map(str, offenders)))
-    plan = plan_steps(train_rows, job.train)
-    return Prepared(base_id, base_revision(folder), dataset, train_rows, test_rows, plan)
+    train_rows = tokens.rows(np.concatenate(tokens.train_parts))
+    shuffled = permutation(len(tokens.test), job.data.seed, epoch=0)
+    num_answered = max(job.evaluation.max_generated_rows, job.evaluation.max_sample_rows)
+    examples = _answerable(dataset, dataset.test[shuffled], num_answered)
+    plan = plan_steps(train_rows, job.train, Mixture(tuple(map(len, tokens.train_parts)), dataset.weights))
+    return Prepared(base_id, base_revision(folder), dataset, train_rows, tokens.rows(tokens.test[shuffled]), examples, plan)
+
+
+def _answerable(dataset: DatasetIndex, numbers: RowNumbers, limit: int) -> list[Example]:
+    """The first rows that have a prompt."""
+    forms = np.concatenate([scan.forms_N for scan in dataset.scans])
+    return dataset.examples_at(numbers[forms[numbers] != TEXT][:limit])
 
 
 def _check_method(folder: Path, job: FinetuneJob) -> None:

@@ -1,7 +1,8 @@
 """The folder of a run: everything that explains it, and what its workers read.
 
 contract.json      the resolved contract
-rows/              train.arrow, test.arrow (tokens and label masks), test.jsonl (rows)
+rows/              the token files (links to the cache), which of their rows are trained on and held out (train.npy, test.npy), the plan of
+                   all steps (plan-*.npy), and the held-out rows to answer (test.jsonl)
 facts.json         data hash, base revision, counts, library versions
 metrics.jsonl      a line an update and an evaluation
 tensorboard/       the same curves
@@ -16,18 +17,21 @@ checkpoint_*       Ray Train's checkpoints
 
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.feather as feather
+import numpy as np
 
 from adaptfleet.contracts.errors import TrainingError
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.jobs import FinetuneJob
-from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.examples import Example
-from adaptfleet.core.data.rows import parse_row
+from adaptfleet.core.data.rows import read_rows
+from adaptfleet.core.data.tokens import Rows, TokenFile
+from adaptfleet.core.steps import StepPlan, load_plan
 
 
 class RunFolder:
@@ -59,30 +63,38 @@ class RunFolder:
         file = self.path / name
         return json.loads(file.read_text()) if file.exists() else None
 
-    def write_rows(self, part: str, rows: list[Encoded]) -> None:
-        """Tokens and label masks as an Arrow file that workers map into memory."""
-        table = pa.table(
-            {
-                "input_ids": pa.array([row.input_ids for row in rows], pa.list_(pa.int32())),
-                "label_mask": pa.array([row.label_mask for row in rows], pa.list_(pa.bool_())),
-            }
-        )
-        target = self.path / "rows" / f"{part}.arrow"
-        target.parent.mkdir(exist_ok=True)
-        unfinished = target.with_suffix(f".{os.getpid()}")
-        feather.write_feather(table, unfinished)
-        unfinished.replace(target)
+    def write_rows(self, train: Rows, test: Rows, plan: StepPlan, examples: Sequence[Example]) -> None:
+        """What the workers train on and measure. The token files are links to the cache, so that clearing it takes nothing from a run."""
+        target = self.path / "rows"
+        target.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".rows-", dir=self.path) as folder:
+            unfinished = Path(folder)
+            names = []
+            for number, tokens in enumerate(train.files):
+                names.append(f"{number:03}-{tokens.file.parent.name}.arrow")
+                _link(tokens.file, unfinished / names[-1])
+            np.save(unfinished / "train.npy", train.order_N)
+            np.save(unfinished / "test.npy", test.order_N)
+            plan.save(unfinished)
+            lines = [json.dumps(example.as_row(), ensure_ascii=False) + "\n" for example in examples]
+            (unfinished / "test.jsonl").write_text("".join(lines), encoding="utf-8")
+            (unfinished / "files.json").write_text(json.dumps(names))
+            for file in unfinished.iterdir():
+                file.replace(target / file.name)
 
-    def read_rows(self, part: str) -> list[Encoded]:
-        table = feather.read_table(self.path / "rows" / f"{part}.arrow")
-        return [Encoded(ids, mask) for ids, mask in zip(table["input_ids"].to_pylist(), table["label_mask"].to_pylist(), strict=True)]
+    def read_rows(self, part: str) -> Rows:
+        """Mapped into memory."""
+        folder = self.path / "rows"
+        names = json.loads((folder / "files.json").read_text())
+        return Rows([TokenFile(folder / name) for name in names], np.load(folder / f"{part}.npy", mmap_mode="r"))
 
-    def write_examples(self, examples: list[Example]) -> None:
-        lines = [json.dumps(example.as_row()) for example in examples]
-        (self.path / "rows" / "test.jsonl").write_text("".join(line + "\n" for line in lines))
+    def read_plan(self) -> StepPlan:
+        return load_plan(self.path / "rows")
 
     def read_examples(self) -> list[Example]:
-        return [parse_row(json.loads(line)) for line in (self.path / "rows" / "test.jsonl").read_text().splitlines()]
+        """The held-out rows to answer."""
+        file = self.path / "rows" / "test.jsonl"
+        return read_rows(file) if file.stat().st_size else []
 
     def metrics(self, kind: str) -> list[dict[str, float]]:
         """The lines of a kind (`train`, `evaluation`) in `metrics.jsonl`, in the order of steps."""
@@ -96,3 +108,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(file)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(file, target)

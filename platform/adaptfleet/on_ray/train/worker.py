@@ -28,7 +28,6 @@ from adaptfleet.core.models.device import memory_per_worker, model_dtype
 from adaptfleet.core.models.loading import load_base
 from adaptfleet.core.packed_forward import check_packable
 from adaptfleet.core.sharding import choose_placement, shard
-from adaptfleet.core.steps import plan_steps
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
 from adaptfleet.on_ray.train.run_folder import RunFolder
 from adaptfleet.on_ray.train.samples import write_after, write_before
@@ -61,11 +60,11 @@ class _FinetuneWorker:
         self.is_first = self.rank == 0
         self.rows = folder.read_rows("train")
         self.test_rows = folder.read_rows("test")[: job.evaluation.max_loss_rows]
-        answerable = [example for example in folder.read_examples() if example.messages]
+        answerable = folder.read_examples()
         self.examples = answerable[: job.evaluation.max_generated_rows]
         self.sample_rows = answerable[: job.evaluation.max_sample_rows]
         self.answers: list[str] = []
-        self.plan = plan_steps(self.rows, job.train)
+        self.plan = folder.read_plan()
         self.model = self._adapted(check=True)
         compiled, self.compile_reason = should_compile(job.train.compile, self.plan.num_tokens)
         self.compiled = compiled and self.adaptation.compilable
@@ -89,7 +88,8 @@ class _FinetuneWorker:
         quantized = quantization_config(method, model_dtype(self.job.model)) if isinstance(method, QLora) else None
         base, self.tokenizer, _ = load_base(self.job.model, quantization=quantized)
         if check:
-            longest = max(len(row.input_ids) for row in [*self.rows, *self.test_rows]) + getattr(method, "num_virtual_tokens", 0)
+            longest = int(max(self.rows.lengths.max(), self.test_rows.lengths.max()))
+            longest += getattr(method, "num_virtual_tokens", 0)
             check_packable(base, len(self.tokenizer), self.job.train.pack_tokens, longest)
         self.adaptation = adaptation(method, self.tokenizer)
         return self.adaptation.attach(base, self.job.train.seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adaptfleet.on_ray.train.tracking import Tracker
 
+_TORN = 2**62
 log = logging.getLogger(__name__)
 
 
@@ -19,7 +20,11 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int, trackers: Sequence[Tracker]) -> None:
         self._file = folder / "metrics.jsonl"
-        kept = [line for line in self._file.read_text().splitlines() if _step(line) <= step] if self._file.exists() else []
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        # beginnings are kept: they tell how often the run was disturbed and what that cost
+        kept = [line for line in lines if _step(line) <= step or '"kind": "start"' in line]
+        self.num_redone = len({_step(line) for line in lines} - {_step(line) for line in kept} - {_TORN})
+        """Steps that had been made and come again."""
         unfinished = self._file.with_suffix(".unfinished")
         unfinished.write_text("".join(f"{line}\n" for line in kept))
         unfinished.replace(self._file)
@@ -47,4 +52,4 @@ def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):  # a line cut off by a kill
-        return 2**62
+        return _TORN

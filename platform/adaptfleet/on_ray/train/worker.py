@@ -106,6 +106,7 @@ class _FinetuneWorker:
         if self.is_first:
             trackers = open_trackers(self.job, self.folder.path, self.trainer.step)
             log = MetricsLog(self.folder.path, self.trainer.step, trackers)
+            log.write("start", self.trainer.step, {"num_workers": self.num_workers, "redone": log.num_redone, "at": time.time()})
         evaluated = {round(num_steps * (i + 1) / self.job.evaluation.times) for i in range(self.job.evaluation.times)}
         reason = f"{self.compile_reason}; {self.placement.mode}: {self.placement.reason}"
         self._say(phase="training", compiled=self.compiled, compile_reason=reason)
@@ -116,7 +117,7 @@ class _FinetuneWorker:
             speed = num_tokens / seconds
             if log:
                 values = {"loss": result.loss, "learning_rate": result.learning_rate, "grad_norm": result.grad_norm, "tokens_per_s": speed}
-                log.write("train", result.step, {**values, "num_workers": self.num_workers})
+                log.write("train", result.step, {**values, "num_workers": self.num_workers, "at": time.time()})
             self._say(
                 phase="training",
                 loss=result.loss,

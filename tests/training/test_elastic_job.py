@@ -1,0 +1,95 @@
+"""A run whose nodes are preempted, join and die, on a real cluster: the losses are those of a run that nothing happened to."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.test_finetune_job import LIMIT_S, REPOSITORY, Job, command, run, run_folder, wait_for_step, write
+from tests.training.test_finetune_job import contract as contract  # a fixture
+from tests.training.worker_node import WorkerNode
+
+pytestmark = pytest.mark.slow
+EVERY_STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def small_cluster(embedded_home: Path) -> Iterator[Any]:
+    """A head with room for one training worker."""
+    from adaptfleet.on_ray.local_cluster import LocalCluster
+
+    with (
+        LocalCluster.start(num_cpus=1, env={"ADAPTFLEET_HOME": str(embedded_home)}) as cluster,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in cluster.env.items():
+            patch.setenv(name, value)
+        yield cluster
+
+
+def lines(job: Job, kind: str) -> list[dict[str, float]]:
+    parsed = map(json.loads, (run_folder(job) / "metrics.jsonl").read_text().splitlines())
+    return [line for line in parsed if line["kind"] == kind]
+
+
+def wait_for_workers(job: Job, count: int, process: "subprocess.Popen[str]") -> int:
+    """Waits until a step was made by so many workers; returns it."""
+    end = time.monotonic() + LIMIT_S
+    while time.monotonic() < end:
+        if (run_folder(job) / "metrics.jsonl").exists() and (made := lines(job, "train")) and made[-1]["num_workers"] == count:
+            return int(made[-1]["step"])
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.2)
+    raise AssertionError(f"no step of {count} workers in {LIMIT_S} s")
+
+
+def test_nodes_come_and_go(small_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
+    sections: dict[str, dict[str, Any]] = {
+        "train": {"epochs": 1000, "max_steps": 700, "pack_tokens": 512, "packs_per_step": 4, "learning_rate": 0.001},
+        "evaluation": {"max_generated_rows": 0, "max_sample_rows": 0},
+        "checkpoint": {"every_steps": EVERY_STEPS},
+    }
+    still = contract("still", **sections)
+    result = run(still, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    sections["cluster"] = {"workers": {"min": 1, "max": 2}, "resize_check_interval_s": 2.0, "max_failures": 1}
+    job = contract("elastic", **sections)
+    first = WorkerNode(small_cluster, 1, tmp_path / "first.log")
+    second: WorkerNode | None = None
+    try:
+        with subprocess.Popen(
+            command(write(job, tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
+        ) as process:
+            try:
+                wait_for_workers(job, 2, process)
+                wait_for_step(job, 30, process)
+                first.drain(seconds=60)
+                wait_for_workers(job, 1, process)
+                first.kill()
+                second = WorkerNode(small_cluster, 1, tmp_path / "second.log")
+                grown = wait_for_workers(job, 2, process)
+                wait_for_step(job, grown + 25, process)
+                second.kill()
+                wait_for_workers(job, 1, process)
+                output, _ = process.communicate(timeout=LIMIT_S)
+            finally:
+                process.kill()
+        assert process.returncode == 0, output[-3000:]
+    finally:
+        for node in (first, second):
+            if node is not None:
+                node.kill()
+    starts = lines(job, "start")
+    assert [start["num_workers"] for start in starts] == [2, 1, 2, 1]
+    preempted, joined, killed = (start["redone"] for start in starts[1:])
+    assert preempted == 0
+    assert joined <= EVERY_STEPS and killed <= EVERY_STEPS
+    made, expected = lines(job, "train"), lines(still, "train")
+    assert [line["step"] for line in made] == list(range(1, 701))
+    # gradients are summed in another order, so the difference grows a little with each step
+    worst = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(made, expected, strict=True))
+    assert worst < 5e-3

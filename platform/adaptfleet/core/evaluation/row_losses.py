@@ -30,7 +30,8 @@ def row_losses(model: Any, rows: Sequence[Encoded], pad_id: int, progress: Calla
             label_mask_BT[b, :length] = torch.tensor(rows[i].label_mask)
             attention_mask_BT[b, :length] = 1
         inputs = {"input_ids": input_ids_BT.to(model.device), "attention_mask": attention_mask_BT.to(model.device)}
-        logits_BTV = model(**inputs, use_cache=False).logits
+        # A learnt prompt's positions stand before the row's own.
+        logits_BTV = model(**inputs, use_cache=False).logits[:, -num_tokens:]
         for b, i in enumerate(batch):
             places = label_mask_BT[b, 1:].nonzero().squeeze(1).to(logits_BTV.device)
             labels_N = inputs["input_ids"][b, 1:][places]

@@ -102,7 +102,7 @@ def test_a_published_model_and_folders_are_what_they_hold(registry: Registry, ma
 def test_all_that_cannot_be_scored_is_told_before_anything_is_loaded(
     registry: Registry, make_job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("ADAPTFLEET_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     endpoint = {"kind": "endpoint", "url": "http://127.0.0.1:9", "model": "x"}
     with pytest.raises(AdaptfleetError) as told:
         subjects = ("sum", "./nowhere", endpoint, endpoint | {"model": "y", "api_key_env": None})
@@ -112,7 +112,7 @@ def test_all_that_cannot_be_scored_is_told_before_anything_is_loaded(
         "no file",
         "Did you mean 'sums'",
         "./nowhere is no folder",
-        "ADAPTFLEET_API_KEY holds no API key",
+        "OPENAI_API_KEY holds no API key",
         "cannot be reached",
     ):
         assert fact in str(told.value)
@@ -152,7 +152,7 @@ def test_one_version_by_two_names_is_refused(registry: Registry, make_job: Make)
         ({"subjects": ["a", "a"]}, "names a@prod more than once|names a more than once"),
         ({"answers": False, "perplexity": False}, "nothing would be measured"),
         ({"lm_eval": {"tasks": []}}, "tasks is empty"),
-        ({"data": {"train": "address-json"}}, "rows and data are both given"),
+        ({"data": {"train": "name-json"}}, "rows and data are both given"),
         ({"subjects": [{"kind": "endpoint", "url": "ftp://x", "model": "m"}]}, r"subjects\.0\.endpoint\.url"),
         ({"subjects": [{"kind": "endpoint", "url": "http://x", "model": "m", "modle": 1}]}, "modle: unknown key"),
     ],
@@ -160,6 +160,11 @@ def test_one_version_by_two_names_is_refused(registry: Registry, make_job: Make)
 def test_contracts_that_cannot_be(make_job: Make, values: dict[str, Any], says: str) -> None:
     with pytest.raises(ContractError, match=says):
         make_job("base", **values)
+
+
+def test_a_contract_is_read_back_from_what_it_is_written_as(make_job: Make) -> None:
+    job = make_job("base", "sums@2", "./folder", {"kind": "endpoint", "url": "http://x", "model": "m"})
+    assert EvaluateJob.model_validate_json(job.model_dump_json(), strict=False) == job
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -232,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setenv("ADAPTFLEET_API_KEY", "right")
+    monkeypatch.setenv("OPENAI_API_KEY", "right")
     with Endpoint() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -257,8 +262,8 @@ def test_what_an_endpoint_refuses_is_told(endpoint: Endpoint, make_job: Make, mo
     subject = {"kind": "endpoint", "url": f"{endpoint.url}/v1", "model": "addr"}
     with pytest.raises(ServingError, match=r"knows no model 'addr': no such model Did you mean 'adder'\? It lists adder\."):
         run_evaluation(make_job(subject))
-    monkeypatch.setenv("ADAPTFLEET_API_KEY", "wrong")
-    with pytest.raises(ServingError, match="The key in ADAPTFLEET_API_KEY is not taken"):
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    with pytest.raises(ServingError, match="The key in OPENAI_API_KEY is not taken"):
         run_evaluation(make_job(subject))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from adaptfleet.contracts.errors import ModelError
 from adaptfleet.core.data.encoding import encode_all
 from adaptfleet.core.data.examples import Example, Message
 from adaptfleet.core.evaluation import row_losses as module
@@ -31,3 +32,10 @@ def test_rows_together_are_rows_alone_and_training_measures_the_same(architectur
     assert [r.nats for r in row_losses(model, rows, pad_id)] == pytest.approx([r.nats for r in alone], rel=1e-4)
     perplexity = metrics_of([RowResult(e, None, loss) for e, loss in zip(EXAMPLES, together, strict=True)])["perplexity"].value()
     assert perplexity == pytest.approx(held_out_loss(model, rows, 200, pad_id).perplexity, rel=1e-3)
+
+
+def test_a_loss_that_is_no_number_is_an_error() -> None:
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    model.get_input_embeddings().weight[5:].fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"row \d is nan"):
+        row_losses(model, encode_all(EXAMPLES, tokenizer, 200), tokenizer.pad_token_id)

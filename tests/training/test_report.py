@@ -128,7 +128,7 @@ def test_the_curves_hold_every_logged_point(folder: tuple[RunFolder, FinetuneJob
     assert all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(places)), "a falling loss falls in the drawing"
     for label in ("training loss", "learning rate", "gradient norm", "tokens per second", "held-out loss", "lengths of training rows"):
         assert label in page.texts
-    assert "4, 41 tokens, 90% of them learnt" in page.texts
+    assert "4, 41 tokens, 90% of them in the loss" in page.texts
 
 
 def test_a_long_curve_keeps_every_point_and_thins_its_marks() -> None:

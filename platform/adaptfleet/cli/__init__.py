@@ -31,6 +31,7 @@ _EPILOG = """\
 The usual road:
   adaptfleet doctor                                      is this machine fit?
   python jobs/finetune.py --config jobs/configs/finetune_address.yaml
+  python jobs/evaluate.py --config jobs/configs/evaluate_address.yaml
   adaptfleet models list                                 what was published
   adaptfleet promote address-json@2                      `address-json` means version 2 from now on
   adaptfleet rollback address-json                       ... and no longer

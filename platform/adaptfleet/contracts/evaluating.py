@@ -51,7 +51,7 @@ class EndpointSubject(Spec):
     """Such as `http://127.0.0.1:8000`; `/v1` is added where it is missing."""
     model: Annotated[str, Field(min_length=1)]
     """The model's id on the endpoint."""
-    api_key_env: str | None = "ADAPTFLEET_API_KEY"
+    api_key_env: str | None = "OPENAI_API_KEY"
     """The environment variable that holds the key. None: the endpoint asks for none."""
     concurrency: Annotated[int, Field(ge=1, le=1024)] = 32
     """Requests in flight."""

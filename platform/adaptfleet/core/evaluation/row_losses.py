@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from adaptfleet.contracts.errors import ModelError
 from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.evaluation.row_scores import RowLoss
 
@@ -15,7 +16,7 @@ TOKENS_PER_PASS = 2048
 
 @torch.no_grad()
 def row_losses(model: Any, rows: Sequence[Encoded], pad_id: int, progress: Callable[[int], None] = lambda done: None) -> list[RowLoss]:
-    """In the rows' order. Rows of like length run together, so that little is padding."""
+    """In the rows' order. Rows of like length run together, so that little is padding. ModelError: a loss that is no number."""
     model.eval()
     losses: dict[int, RowLoss] = {}
     for batch in _batches([len(row) for row in rows]):
@@ -29,11 +30,16 @@ def row_losses(model: Any, rows: Sequence[Encoded], pad_id: int, progress: Calla
             label_mask_BT[b, :length] = torch.tensor(rows[i].label_mask)
             attention_mask_BT[b, :length] = 1
         inputs = {"input_ids": input_ids_BT.to(model.device), "attention_mask": attention_mask_BT.to(model.device)}
-        logits_BTV = model(**inputs, use_cache=False).logits
+        # A learnt prompt's positions stand before the row's own.
+        logits_BTV = model(**inputs, use_cache=False).logits[:, -num_tokens:]
         for b, i in enumerate(batch):
             places = label_mask_BT[b, 1:].nonzero().squeeze(1).to(logits_BTV.device)
             labels_N = inputs["input_ids"][b, 1:][places]
             nats = F.cross_entropy(logits_BTV[b, :-1][places].float(), labels_N, reduction="sum")
+            if not torch.isfinite(nats):
+                raise ModelError(
+                    f"the model's loss on row {i} is {float(nats)}: its weights overflow or hold no numbers. Try model.dtype=float32."
+                )
             losses[i] = RowLoss(float(nats), len(labels_N))
         progress(len(losses))
     return [losses[i] for i in range(len(rows))]

@@ -18,6 +18,9 @@ from adaptfleet.core.evaluation.intervals import Ratio
 from adaptfleet.core.evaluation.lm_eval_tasks import task_metrics
 from adaptfleet.core.evaluation.row_losses import row_losses
 from adaptfleet.core.evaluation.row_scores import RowLoss, RowResult
+from adaptfleet.core.methods.adaptation import AdaptedModel
+from adaptfleet.core.methods.bottleneck import CONFIG as BOTTLENECK_CONFIG
+from adaptfleet.core.methods.bottleneck import load_bottleneck
 from adaptfleet.core.models.loading import load_base
 from adaptfleet.on_ray.evaluate.subjects import LocalModel
 
@@ -62,9 +65,11 @@ def score_local_model(target: LocalModel, examples: Sequence[Example], job: Eval
     return Scores(rows, tasks)
 
 
-def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+def load_adapter(base: PreTrainedModel, folder: Path) -> AdaptedModel:
     """The adapter on its base, in the base's type as it was trained. ModelError unless every tensor finds its place, and has one."""
     try:
+        if (folder / BOTTLENECK_CONFIG).is_file():
+            return load_bottleneck(base, folder).eval()
         model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             stored = set(file.keys())

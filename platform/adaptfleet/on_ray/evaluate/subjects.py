@@ -9,6 +9,7 @@ from adaptfleet.contracts.errors import AdaptfleetError, ContractError, ModelErr
 from adaptfleet.contracts.evaluating import BaseSubject, EndpointSubject, EvaluateJob, FolderSubject, PublishedSubject, Subject
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.model import ModelSpec
+from adaptfleet.core.methods.bottleneck import CONFIG as BOTTLENECK_CONFIG
 from adaptfleet.core.models.loading import base_revision, resolve_model_folder
 from adaptfleet.on_ray.evaluate.endpoint import check_endpoint
 from adaptfleet.store.registry import Registry
@@ -85,7 +86,7 @@ def _folder(subject: FolderSubject, base: ModelSpec) -> Resolved:
     folder = Path(subject.path).expanduser().absolute()
     if not folder.is_dir():
         raise ContractError(f"{subject.path} is no folder. Give a checkpoint's or an adapter's folder.")
-    if (folder / "adapter_config.json").is_file():
+    if any((folder / config).is_file() for config in ("adapter_config.json", BOTTLENECK_CONFIG)):
         resolve_model_folder(base)
         return Resolved(subject.label(), LocalModel(base, folder))
     checkpoint = base.model_copy(update={"source": str(folder)})

@@ -94,7 +94,7 @@ def _data_card(folder: RunFolder, job: FinetuneJob, found: dict[str, Any]) -> st
     learnt = sum(row.num_labels for row in looked_at) / int(looked_at.lengths.sum())
     rows = [
         ("source", ", ".join(entry.source for entry in job.data.sources())),
-        ("training rows", f"{len(train):,}, {train.lengths.sum():,} tokens, {learnt:.0%} of them learnt"),
+        ("training rows", f"{len(train):,}, {train.lengths.sum():,} tokens, {learnt:.0%} of them in the loss"),
         ("held-out rows", f"{len(test):,}, {test.lengths.sum():,} tokens"),
         ("training rows equal to an earlier one", f"{found['num_duplicates']:,}"),
         ("tokens of the run", f"{found['num_tokens']:,} in {found['num_steps']:,} updates, packed rows {found['pack_fill']:.0%} full"),

@@ -10,6 +10,7 @@ import pytest
 from adaptfleet.cli import COMMANDS, main
 from adaptfleet.contracts.artifacts import Draft
 from adaptfleet.store.registry import Registry
+from tests.store.test_evaluations import record
 
 
 @pytest.fixture
@@ -54,6 +55,14 @@ def test_show(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["lineage"]["parents"][0] == {"reference": "tickets@1", "published": True, "parents": []}
 
 
+def test_show_has_the_evaluations(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    registry.add_evaluation("tickets@1", record(exact_match=0.75))
+    assert main(["models", "show", "tickets@1"]) == 0
+    assert "\taddress-json\t150\texact_match 0.75 [0.7, 0.8]" in capsys.readouterr().out
+    assert main(["models", "show", "tickets@1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["evaluations"][0]["metrics"]["exact_match"]["value"] == 0.75
+
+
 def test_promote_and_rollback_in_both_spellings(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["promote", "tickets@1"]) == 0
     assert capsys.readouterr().out == "tickets@prod -> tickets@1\n"
@@ -63,6 +72,14 @@ def test_promote_and_rollback_in_both_spellings(registry: Registry, capsys: pyte
     assert registry.aliases("tickets")["prod"] == 2
     assert main(["rollback", "tickets"]) == 0
     assert main(["models", "rollback", "tickets", "--json"]) == 0
+    assert registry.aliases("tickets")["prod"] == 2
+
+
+def test_a_promotion_that_meets_what_is_required(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["promote", "tickets@1"])
+    assert main(["promote", "tickets@2", "--require", "exact_match>=0.5", "--require", "exact_match<0.6"]) == 0
+    assert registry.aliases("tickets")["prod"] == 2
+    assert main(["promote", "tickets@1", "--require", "exact_match>=0.5"]) == 2
     assert registry.aliases("tickets")["prod"] == 2
 
 
@@ -87,6 +104,9 @@ def test_rm(registry: Registry, capsys: pytest.CaptureFixture[str], monkeypatch:
         (["promote", "tickets"], "there is tickets@1, tickets@2"),
         (["promote", "tickets@9"], "does not exist"),
         (["promote", "tickets@1", "--alias", "7"], "numbers are versions"),
+        (["promote", "tickets@1", "--require", "exact_match>=0.4"], "exact_match is not known of it"),
+        (["promote", "tickets@2", "--require", "exact_match>=0.8"], "exact_match is 0.5 (measured when it was made), but"),
+        (["promote", "tickets@2", "--require", "exact_match"], "is not of the form"),
         (["rollback", "derived"], "pointed nowhere else before"),
         (["models", "--store", "ftp://x", "list"], "begins with none of"),
         (["publish", "dataset", "/nowhere", "--name", "x"], "it is no folder"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from adaptfleet.contracts.base import Spec
 from adaptfleet.contracts.errors import ContractError
+from adaptfleet.contracts.evaluating import EvaluateJob
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.loading import load_contract, parse_contract
 from adaptfleet.contracts.publishing import PublishJob
@@ -18,7 +19,7 @@ from adaptfleet.contracts.serving import ServingSpec
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 PUBLISH = "publish: {name: a}"
-JOBS: dict[str, type[Spec]] = {"finetune": FinetuneJob, "publish": PublishJob}
+JOBS: dict[str, type[Spec]] = {"finetune": FinetuneJob, "publish": PublishJob, "evaluate": EvaluateJob}
 
 
 def refusal(text: str, *overrides: str, kind: type[Spec] = FinetuneJob) -> str:
@@ -162,3 +163,20 @@ def test_contracts_import_no_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("method.kind=lorra", "method.kind: 'lorra' is not known. Did you mean 'lora'"),
+        ("method={kind: ia3, rank: 4}", "method.rank: unknown key. Allowed: feedforward, kind, targets."),
+        ("cluster.workers={min: 4, max: 2}", "cluster.workers: min is 4, above max 2."),
+        ("cluster.workers={mn: 1, max: 2}", "cluster.workers.mn: unknown key. Did you mean 'min'?"),
+        ("cluster.workers=many", "cluster.workers: Input should be a valid integer. It is 'many'."),
+        ("method.kind=prefix", "method.kind 'prefix' cannot be published: vLLM"),
+    ],
+)
+def test_where_several_kinds_are_allowed_the_path_is_what_the_user_wrote(override: str, says: str) -> None:
+    with pytest.raises(ContractError) as caught:
+        parse_contract(FinetuneJob, "publish: {name: a}", [override])
+    assert f"- {says}" in str(caught.value) or says in str(caught.value)

@@ -107,6 +107,11 @@ def test_a_submitted_job_trains_and_publishes(undisturbed: Job) -> None:
     assert manifest.method is not None and manifest.method["rank"] == 4
     folder = run_folder(undisturbed)
     assert {"contract.json", "facts.json", "metrics.jsonl", "tensorboard", "adapter"} <= {f.name for f in folder.iterdir()}
+    samples = json.loads((folder / "samples.json").read_text())
+    assert len(samples) == 4 and all(s["before"] is not None and s["after"] is not None for s in samples)
+    assert [s["before"] for s in samples] != [s["after"] for s in samples]
+    report = (folder / "report.html").read_text()
+    assert "sums@1" in report and f"step {len(curve)}: {curve[len(curve)]:.6g}" in report
 
 
 def test_the_same_contract_is_not_trained_again(undisturbed: Job, tmp_path: Path) -> None:

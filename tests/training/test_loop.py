@@ -9,7 +9,7 @@ from adaptfleet.contracts.methods import Lora
 from adaptfleet.core.compilation import compile_layers, should_compile
 from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.loop import Trainer
-from adaptfleet.core.methods.lora import attach_lora
+from adaptfleet.core.methods.lora import LoraAdaptation
 from adaptfleet.core.steps import plan_steps
 from tests.training.conftest import VOCABULARY, make_model
 
@@ -22,9 +22,9 @@ def rows(num_rows: int = 40) -> list[Encoded]:
 
 def trainer(dropout: float = 0.0, seed: int = 0, **settings: object) -> Trainer:
     train = TrainSpec.model_validate({"epochs": 2, "pack_tokens": 64, "packs_per_step": 3, "learning_rate": 0.01, **settings})
-    model = attach_lora(make_model("llama", seed), Lora(rank=4, dropout=dropout))
+    adaptation = LoraAdaptation(Lora(rank=4, dropout=dropout))
     data = rows()
-    return Trainer(model, train, plan_steps(data, train), data, pad_id=0)
+    return Trainer(adaptation.attach(make_model("llama", seed), 0), adaptation, train, plan_steps(data, train), data, pad_id=0)
 
 
 @pytest.mark.parametrize(("epochs", "times"), [(1.0, 1), (3.0, 3)])
@@ -71,8 +71,7 @@ def test_a_resumed_run_repeats_its_dropout() -> None:
             break
     torch.manual_seed(1234)
     second = trainer(dropout=0.3)
-    second.optimizer.load_state(first.optimizer.state())
-    second.step = first.step
+    second.load_state(first.state(), first.step)
     assert [r.loss for r in second.run()] == whole[4:]
 
 

@@ -10,10 +10,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from adaptfleet.contracts.errors import ContractError, TrainingError
 from adaptfleet.contracts.methods import Lora
-from adaptfleet.core.checkpoint import read_checkpoint, write_checkpoint
+from adaptfleet.core.checkpoint import read_progress, read_tensors, write_checkpoint
 from adaptfleet.core.export import export_adapter
 from adaptfleet.core.losses import CHUNK_POSITIONS, summed_cross_entropy
-from adaptfleet.core.methods.lora import attach_lora
+from adaptfleet.core.methods.lora import LoraAdaptation
 from adaptfleet.core.optimizer import MasterAdamW
 from adaptfleet.core.schedule import warmup_cosine
 from tests.training.conftest import VOCABULARY, make_model
@@ -47,13 +47,13 @@ def test_warmup_and_cosine() -> None:
 def test_lora_begins_as_the_base_exactly() -> None:
     tokens = torch.arange(3, 40)[None]
     base = make_model("llama")(input_ids=tokens).logits
-    adapted = attach_lora(make_model("llama"), Lora(rank=4))(input_ids=tokens).logits
+    adapted = LoraAdaptation(Lora(rank=4)).attach(make_model("llama"), 0)(input_ids=tokens).logits
     assert torch.equal(base, adapted)
 
 
 @pytest.mark.parametrize(("use_rslora", "scale"), [(False, 8 / 4), (True, 8 / math.sqrt(4))])
 def test_lora_adds_its_scaled_product(use_rslora: bool, scale: float) -> None:
-    model = attach_lora(make_model("llama"), Lora(rank=4, alpha=8, targets=("q_proj",), use_rslora=use_rslora))
+    model = LoraAdaptation(Lora(rank=4, alpha=8, targets=("q_proj",), use_rslora=use_rslora)).attach(make_model("llama"), 0)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     x = torch.randn(5, 32)
@@ -71,11 +71,11 @@ def test_lora_adds_its_scaled_product(use_rslora: bool, scale: float) -> None:
 )
 def test_targets_and_ranks_that_cannot_be(architecture: str, method: Lora, says: str) -> None:
     with pytest.raises(ContractError, match=says):
-        attach_lora(make_model(architecture), method)
+        LoraAdaptation(method).attach(make_model(architecture), 0)
 
 
 def trained(seed: int, num_updates: int, dtype: torch.dtype = torch.float32) -> tuple[PeftModel, MasterAdamW]:
-    model = attach_lora(make_model("llama").to(dtype), Lora(rank=2))
+    model = LoraAdaptation(Lora(rank=2)).attach(make_model("llama").to(dtype), 0)
     optimizer = MasterAdamW(model, weight_decay=0.1)
     advance(model, optimizer, range(num_updates))
     return model, optimizer
@@ -86,11 +86,12 @@ def advance(model: PeftModel, optimizer: MasterAdamW, updates: range) -> None:
         tokens = torch.randint(3, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(update))
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step(1e-2, max_grad_norm=1.0)
+        optimizer.zero_grad()
 
 
 def test_float32_updates_are_those_of_adamw() -> None:
     ours, _ = trained(0, 4)
-    reference = attach_lora(make_model("llama"), Lora(rank=2))
+    reference = LoraAdaptation(Lora(rank=2)).attach(make_model("llama"), 0)
     parameters = [p for p in reference.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     for update in range(4):
@@ -119,11 +120,11 @@ def test_a_checkpoint_takes_the_run_up_exactly(tmp_path: Path) -> None:
     whole, _ = trained(0, 6)
     _, optimizer = trained(0, 3)
     write_checkpoint(tmp_path / "c", optimizer.state(), {"step": 3})
-    resumed = attach_lora(make_model("llama"), Lora(rank=2))
+    resumed = LoraAdaptation(Lora(rank=2)).attach(make_model("llama"), 0)
     torch.manual_seed(99)
     optimizer = MasterAdamW(resumed, weight_decay=0.1)
-    state, progress = read_checkpoint(tmp_path / "c")
-    optimizer.load_state(state)
+    progress = read_progress(tmp_path / "c")
+    optimizer.load_state(read_tensors(tmp_path / "c", optimizer.state()))
     advance(resumed, optimizer, range(progress["step"], 6))
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -133,7 +134,7 @@ def test_a_checkpoint_takes_the_run_up_exactly(tmp_path: Path) -> None:
 def test_a_torn_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "c"
     write_checkpoint(folder, {"x": torch.arange(100.0)}, {"step": 1})
-    tensors, progress = folder / "state.safetensors", folder / "progress.json"
+    tensors, progress = next(folder.glob("*.safetensors")), folder / "progress.json"
     content = tensors.read_bytes()
     if damage == "truncated":
         tensors.write_bytes(content[:-9])
@@ -146,7 +147,7 @@ def test_a_torn_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
     else:
         progress.write_text(progress.read_text()[:9])
     with pytest.raises(TrainingError, match="is torn"):
-        read_checkpoint(folder)
+        read_progress(folder)
 
 
 def test_the_exported_adapter_is_what_was_trained(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_every_worker_draws_the_same_adapter() -> None:
     def drawn(seed: int, ambient: int) -> torch.Tensor:
         model = make_model("llama")
         torch.manual_seed(ambient)
-        return torch.cat([p.detach().flatten() for p in attach_lora(model, Lora(rank=4), seed).parameters() if p.requires_grad])
+        return torch.cat([p.detach().flatten() for p in LoraAdaptation(Lora(rank=4)).attach(model, seed).parameters() if p.requires_grad])
 
     assert torch.equal(drawn(3, ambient=1), drawn(3, ambient=2))
     assert not torch.equal(drawn(3, ambient=1), drawn(4, ambient=1))

@@ -10,7 +10,7 @@ from adaptfleet.contracts.errors import ModelError
 from adaptfleet.contracts.methods import Lora
 from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.packing import Pack, pack_arrays
-from adaptfleet.core.methods.lora import attach_lora
+from adaptfleet.core.methods.lora import LoraAdaptation
 from adaptfleet.core.packed_forward import PackedBatch, check_packable, hidden_states, summed_loss
 from tests.training.conftest import CONFIGS, VOCABULARY, make_model
 
@@ -29,7 +29,7 @@ def packed(examples: list[Encoded], pack_tokens: int) -> PackedBatch:
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_loss_and_gradients_equal_those_of_separate_rows(architecture: str) -> None:
-    model = attach_lora(make_model(architecture), Lora(rank=4))
+    model = LoraAdaptation(Lora(rank=4)).attach(make_model(architecture), 0)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

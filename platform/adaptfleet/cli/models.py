@@ -8,7 +8,9 @@ from typing import get_args
 from adaptfleet.cli.tables import print_table
 from adaptfleet.contracts.artifacts import ArtifactKind, Manifest
 from adaptfleet.contracts.errors import ContractError
+from adaptfleet.contracts.evaluating import EvaluationRecord
 from adaptfleet.contracts.names import DEFAULT_ALIAS, Reference
+from adaptfleet.store.gate import Requirement, check_requirements
 from adaptfleet.store.lineage import Ancestry, ancestry
 from adaptfleet.store.registry import Registry
 
@@ -21,6 +23,7 @@ A version never changes; an alias is moved. `NAME` alone means the alias prod of
   adaptfleet models promote address-json@2               prod points to version 2
   adaptfleet models promote address-json@canary          prod points to where canary points
   adaptfleet models promote address-json@3 --alias canary
+  adaptfleet models promote address-json@3 --require 'exact_match>=0.8' --require 'perplexity<1.2'
   adaptfleet models rollback address-json                prod returns to where it pointed before
   adaptfleet models rm address-json@1"""
 
@@ -32,11 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     listing = actions.add_parser("list", help="every published name, its latest version and its aliases")
     listing.add_argument("--kind", choices=get_args(ArtifactKind), help="only this kind")
-    show = actions.add_parser("show", help="one version: its files, base, metrics and what it was made from")
+    show = actions.add_parser("show", help="one version: its files, base, metrics, evaluations and what it was made from")
     show.add_argument("reference", help=_REFERENCE)
     promote = actions.add_parser("promote", help="point an alias at a version; served from the next request on, with no restart")
     promote.add_argument("reference", metavar="NAME@VERSION", help="the version that the alias shall mean: NAME@3, or NAME@canary")
     promote.add_argument("--alias", default=DEFAULT_ALIAS, help="the alias to move (default: %(default)s)")
+    promote.add_argument(
+        "--require",
+        action="append",
+        default=[],
+        metavar="'METRIC>=NUMBER'",
+        help="move it only if the version's newest evaluation, or else its manifest, says so (>=, >, <=, <); may be repeated",
+    )
     rollback = actions.add_parser("rollback", help="return an alias to where it pointed before")
     rollback.add_argument("name", metavar="NAME")
     rollback.add_argument("--alias", default=DEFAULT_ALIAS, help="the alias to return (default: %(default)s)")
@@ -55,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         case "show":
             return _show(registry, args.reference, args.json)
         case "promote":
-            return _promote(registry, args.reference, args.alias, args.json)
+            return _promote(registry, args.reference, args.alias, args.require, args.json)
         case "rollback":
             manifest = registry.rollback(args.name, args.alias)
             return _moved(args.name, args.alias, manifest.version, args.json)
@@ -109,8 +119,10 @@ def _show(registry: Registry, reference: str, as_json: bool) -> int:
     manifest = registry.resolve(reference)
     pointing = [alias for alias, version in registry.aliases(manifest.name).items() if version == manifest.version]
     family = ancestry(registry, manifest.reference)
+    evaluations = registry.evaluations(manifest.reference)
     if as_json:
-        print(json.dumps(manifest.model_dump(mode="json") | {"aliases": pointing, "lineage": _as_json(family)}, indent=2))
+        beside = {"aliases": pointing, "lineage": _as_json(family), "evaluations": [e.model_dump(mode="json") for e in evaluations]}
+        print(json.dumps(manifest.model_dump(mode="json") | beside, indent=2))
         return 0
     facts = [
         ("artifact", manifest.reference),
@@ -126,13 +138,19 @@ def _show(registry: Registry, reference: str, as_json: bool) -> int:
     ]
     print_table(("field", "value"), facts)
     print_table(("file", "bytes", "sha256"), [(path, str(entry.num_bytes), entry.sha256) for path, entry in sorted(manifest.files.items())])
+    if evaluations:
+        print_table(
+            ("evaluated", "data", "rows", "metrics, 95% interval"),
+            [(f"{e.evaluated_at:%Y-%m-%d %H:%M}", e.data, str(e.num_rows), _estimates(e)) for e in evaluations],
+        )
     if family.parents:
         print("made from")
         _print_parents(family, "  ")
     return 0
 
 
-def _promote(registry: Registry, reference: str, alias: str, as_json: bool) -> int:
+def _promote(registry: Registry, reference: str, alias: str, required: list[str], as_json: bool) -> int:
+    requirements = [Requirement.parse(text) for text in required]
     if "@" not in reference:
         known = ", ".join(f"{reference}@{version}" for version in registry.versions(reference)[-5:])
         raise ContractError(
@@ -140,6 +158,7 @@ def _promote(registry: Registry, reference: str, alias: str, as_json: bool) -> i
             + (f"there is {known}." if known else "nothing is published under this name.")
         )
     manifest = registry.resolve(reference)
+    check_requirements(registry, manifest, requirements)
     registry.set_alias(manifest.name, alias, manifest.version)
     return _moved(manifest.name, alias, manifest.version, as_json)
 
@@ -177,6 +196,10 @@ def _method(manifest: Manifest) -> str:
 
 def _metrics(manifest: Manifest) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items()) or "-"
+
+
+def _estimates(record: EvaluationRecord) -> str:
+    return ", ".join(f"{name} {m.value:.4g} [{m.low:.4g}, {m.high:.4g}]" for name, m in record.metrics.items())
 
 
 def _print_parents(family: Ancestry, indent: str) -> None:

@@ -80,7 +80,7 @@ def _road(cluster: "LocalCluster", repository: Path, clock: "_Clock", endpoint_c
 
     registry = Registry.open()
     jobs = {name: load_contract(FinetuneJob, repository / name) for name in (ADDRESS, NAMES)}
-    new = [name for name, job in jobs.items() if registry.find(job.fingerprint(), job.publish.name) is None]
+    new = [name for name, job in jobs.items() if registry.find(job.fingerprint(), job.published_name()) is None]
     with clock.phase("finetune_address", f"ray job submit -- python jobs/finetune.py --config {ADDRESS}"):
         _submit(cluster, repository, ADDRESS)
     with clock.phase("endpoint", "the endpoint: vLLM behind Ray Serve"):
@@ -99,7 +99,7 @@ def _road(cluster: "LocalCluster", repository: Path, clock: "_Clock", endpoint_c
     results |= {
         "train_tokens_per_s": round(manifests[ADDRESS].metrics["train_tokens_per_s"], 1),
         "publish_to_first_answer_s": published_to_answer_s,
-        "trained_in_this_run": sorted(jobs[name].publish.name for name in new),
+        "trained_in_this_run": sorted(jobs[name].published_name() for name in new),
         "adapters": {manifest.reference: manifest.metrics for manifest in manifests.values()},
     }
     return results, answers
@@ -111,8 +111,8 @@ def _compare(api: Any, jobs: dict[str, FinetuneJob], clock: "_Clock") -> tuple[d
     from adaptfleet.core.data.datasets import load_dataset
 
     base = ServingSpec().base_id()
-    data, adapter = load_dataset(jobs[ADDRESS].data), jobs[ADDRESS].publish.name
-    names_data, names_adapter = load_dataset(jobs[NAMES].data), jobs[NAMES].publish.name
+    data, adapter = load_dataset(jobs[ADDRESS].data), jobs[ADDRESS].published_name()
+    names_data, names_adapter = load_dataset(jobs[NAMES].data), jobs[NAMES].published_name()
     series = (
         ("base", base, data.test, ()),
         ("base_8shot", base, data.test, data.train[:NUM_SHOTS]),
@@ -164,7 +164,7 @@ class _FirstAnswer:
 
         try:
             # The store is looked at until the version is there, so that no request takes time from the training.
-            while (manifest := self._registry.find(self._job.fingerprint(), self._job.publish.name)) is None:
+            while (manifest := self._registry.find(self._job.fingerprint(), self._job.published_name())) is None:
                 if self._over.wait(0.05):
                     return
             answered_at = wait_until_answers(self._api, manifest.reference, timeout_s=60)
@@ -176,12 +176,12 @@ class _FirstAnswer:
         """From publishing to the first answer. None: it was not published, because the job failed."""
         if self._thread.is_alive():
             # The job has ended: it has published by now, or never will.
-            published = self._registry.find(self._job.fingerprint(), self._job.publish.name)
+            published = self._registry.find(self._job.fingerprint(), self._job.published_name())
             if published is None:
                 self._over.set()
             self._thread.join(timeout=90)
         if self._error is not None:
-            raise ServingError(f"{self._job.publish.name} was published but did not answer: {self._error}")
+            raise ServingError(f"{self._job.published_name()} was published but did not answer: {self._error}")
         return self._seconds
 
 
@@ -196,10 +196,10 @@ def _remembered(manifest: Manifest, seconds: float | None) -> float | None:
 
 
 def _published(registry: "Registry", job: FinetuneJob) -> Manifest:
-    manifest = registry.find(job.fingerprint(), job.publish.name)
+    manifest = registry.find(job.fingerprint(), job.published_name())
     if manifest is None:
         raise AdaptfleetError(
-            f"the job succeeded, but {job.publish.name} is not in the registry. Do job and command use one ADAPTFLEET_STORE?"
+            f"the job succeeded, but {job.published_name()} is not in the registry. Do job and command use one ADAPTFLEET_STORE?"
         )
     return manifest
 

@@ -8,7 +8,7 @@ AdaptfleetError            anything a user can mend; shown without a traceback
 ├── StoreError             the store cannot be read or written (a full disk, no credentials)
 │   ├── NotFoundError      no such artifact, version or alias; names near matches
 │   └── CorruptError       a file differs from its manifest's SHA-256
-├── PublishError           an artifact that must not be published, with the reason and the alternative
+├── PublishError           an artifact that must not be published or promoted, with the reason and the alternative
 └── ServingError           the endpoint or its engine cannot do what is asked
 
 Every error takes one message and pickles: Ray ships exceptions between processes.

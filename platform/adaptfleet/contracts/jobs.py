@@ -2,13 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from adaptfleet.contracts.base import Spec
 from adaptfleet.contracts.data import DataSpec
-from adaptfleet.contracts.methods import Lora, Method
+from adaptfleet.contracts.methods import Lora, Method, ServedAs
 from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.contracts.names import DEFAULT_ALIAS, SafeAlias, SafeName
+from adaptfleet.contracts.tracking import TrackingSpec
 
 
 class TrainSpec(Spec):
@@ -37,6 +38,8 @@ class EvaluationSpec(Spec):
     max_generated_rows: Annotated[int, Field(ge=0)] = 32
     """Held-out rows answered greedily for exact match, field F1 and valid JSON; 0 leaves these out."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 192
+    max_sample_rows: Annotated[int, Field(ge=0)] = 4
+    """Held-out rows answered before training too, for the report; 0 leaves them out."""
 
 
 class CheckpointSpec(Spec):
@@ -44,21 +47,62 @@ class CheckpointSpec(Spec):
     keep: Annotated[int, Field(ge=1)] = 2
 
 
+class WorkerRange(Spec):
+    """An elastic number of workers: as many as there is room for, and training goes on when it changes."""
+
+    min: Annotated[int, Field(ge=1)] = 1
+    max: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "WorkerRange":
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, above max {self.max}")
+        return self
+
+
+ShardMode = Literal["auto", "none", "ddp", "fsdp2"]
+
+
 class ClusterSpec(Spec):
-    workers: Annotated[int, Field(ge=1)] = 1
+    workers: Annotated[
+        Annotated[int, Field(ge=1), Tag("number")] | Annotated[WorkerRange, Tag("range")],
+        Discriminator(lambda value: "range" if isinstance(value, (dict, WorkerRange)) else "number"),
+    ] = 1
+    """A number, or `{min: 1, max: 8}`: workers may come and go."""
+    shard: ShardMode = "auto"
+    """`ddp`: the whole base on each worker, gradients of the trained part summed. `fsdp2`: every layer's parameters sharded over them.
+    `auto`: `ddp` where the base fits a worker's memory, else `fsdp2`. `none`: one worker."""
     cpus_per_worker: Annotated[int, Field(ge=1)] | None = None
     """None: an equal share of the cluster's CPUs."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
     """None: 1 where the cluster has GPUs, else 0."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Worker failures after which the run gives up; each restart resumes from the last checkpoint."""
+    """Worker failures after which the run gives up; each restart resumes from the last checkpoint. Preempted nodes do not count."""
+    resize_check_interval_s: Annotated[float, Field(gt=0)] = 5.0
+    """Elastic runs: how often the cluster is looked at for room for more workers."""
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @model_validator(mode="after")
+    def _one_worker_unsharded(self) -> "ClusterSpec":
+        if self.shard == "none" and self.max_workers > 1:
+            raise ValueError(f"shard is 'none', but there may be {self.max_workers} workers; use auto, ddp or fsdp2, or workers: 1")
+        return self
 
 
 class PublishSpec(Spec):
     name: SafeName
-    """The adapter's name in the registry and on the endpoint."""
+    """The name in the registry and on the endpoint."""
     alias: SafeAlias | None = DEFAULT_ALIAS
     """The alias moved to the new version; None moves none."""
+    merged: bool = False
+    """Publish the base with the adapter merged into it, a checkpoint of its own, where an adapter could be served."""
 
 
 class FinetuneJob(Spec):
@@ -73,16 +117,40 @@ class FinetuneJob(Spec):
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     cluster: ClusterSpec = ClusterSpec()
-    publish: PublishSpec
+    tracking: TrackingSpec = TrackingSpec()
+    publish: PublishSpec | None
+    """None: train and evaluate only; the result stays in the run's folder."""
 
     @model_validator(mode="after")
-    def _packs_divide(self) -> "FinetuneJob":
-        if self.train.packs_per_step % self.cluster.workers:
+    def _every_worker_has_a_pack(self) -> "FinetuneJob":
+        packs, workers = self.train.packs_per_step, self.cluster.max_workers
+        if isinstance(self.cluster.workers, int) and packs % workers:
             raise ValueError(
-                f"train.packs_per_step is {self.train.packs_per_step}, which {self.cluster.workers} workers cannot share evenly; "
-                f"use a multiple of cluster.workers"
+                f"train.packs_per_step is {packs}, which {workers} workers cannot share evenly; use a multiple of cluster.workers"
+            )
+        if packs < workers:
+            raise ValueError(f"train.packs_per_step is {packs}, fewer than the {workers} workers there may be; raise it")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_published_can_be_served(self) -> "FinetuneJob":
+        if self.publish and self.method.served_as() is None:
+            raise ValueError(
+                f"method.kind {self.method.kind!r} cannot be published: {self.method.why_unserved()}. "
+                "Write publish: null to train and evaluate it, or use lora"
             )
         return self
 
+    def published_as(self) -> ServedAs:
+        """The kind of the artifact. Only for jobs that publish."""
+        served = self.method.served_as()
+        assert served is not None
+        return "model" if self.publish and self.publish.merged else served
+
+    def published_name(self) -> str:
+        """Only for jobs that publish."""
+        assert self.publish is not None
+        return self.publish.name
+
     def run_name(self) -> str:
-        return self.run or f"{self.publish.name}-{self.fingerprint()}"
+        return self.run or f"{self.publish.name if self.publish else self.method.kind}-{self.fingerprint()}"

@@ -103,33 +103,39 @@ def _lay_over(values: dict[str, Any], override: str) -> None:
 
 
 def _offender(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
-    path = ".".join(str(part) for part in error["loc"]) or "contract"
+    keys, spec = _place(kind, error["loc"][:-1]) if error["loc"] else ([], kind)
+    last = str(error["loc"][-1]) if error["loc"] else ""
+    path = ".".join(_place(kind, error["loc"])[0]) or "contract"
     if error["type"] == "extra_forbidden":
-        spec = _spec_at(kind, error["loc"][:-1])
         known = sorted(spec.model_fields) if spec else []
-        return f"{path}: unknown key.{near(str(error['loc'][-1]), known)} Allowed: {', '.join(known)}."
+        allowed = f" Allowed: {', '.join(known)}." if known else ""
+        return f"{'.'.join([*keys, last])}: unknown key.{near(last, known)}{allowed}"
     if error["type"] == "missing":
-        spec = _spec_at(kind, error["loc"][:-1])
-        text = spec.model_fields[str(error["loc"][-1])].description if spec else None
+        text = spec.model_fields[last].description if spec else None
         return f"{path}: missing." + (f" {text}" if text else "")
+    if error["type"] == "union_tag_invalid":
+        expected = str(error["ctx"]["expected_tags"]).replace("'", "")
+        return f"{path}.kind: {error['ctx']['tag']!r} is not known.{near(error['ctx']['tag'], expected.split(', '))} Allowed: {expected}."
     message = error["msg"].removeprefix("Value error, ").rstrip(".")
     value = error["input"]
     shown = "" if isinstance(value, (dict, BaseModel)) else f" It is {value!r}."
     return f"{path}: {message}.{shown}"
 
 
-def _spec_at(kind: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel] | None:
-    """The spec class whose keys a path leads to."""
-    spec: type[BaseModel] = kind
+def _place(kind: type[BaseModel], path: Sequence[str | int]) -> tuple[list[str], type[BaseModel] | None]:
+    """The keys a user wrote on the way, and the spec class they lead to. Where several kinds are allowed, pydantic's path names the kind
+    after the key, which the user did not write."""
+    specs: list[type[BaseModel]] = [kind]
+    keys: list[str] = []
     for part in path:
-        if isinstance(part, int):  # the place in a list
+        if specs and isinstance(part, str) and not any(part in spec.model_fields for spec in specs):
+            specs = [spec for spec in specs if "kind" in spec.model_fields and spec.model_fields["kind"].default == part] or specs
             continue
-        field = spec.model_fields.get(str(part))
-        inner = next(_specs_in(field.annotation), None) if field else None
-        if inner is None:
-            return None
-        spec = inner
-    return spec
+        keys.append(str(part))
+        if isinstance(part, str):
+            field = specs[0].model_fields.get(part) if specs else None
+            specs = list(_specs_in(field.annotation)) if field else []
+    return keys, specs[0] if specs else None
 
 
 def _specs_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -1,8 +1,12 @@
-"""The trained adapter in peft's standard format."""
+"""Trained parts on disk, in the formats that others read: peft's for adapters, Hugging Face's for whole models."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from peft import PeftModel
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def export_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
@@ -13,3 +17,37 @@ def export_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
     model.peft_config["default"].base_model_name_or_path = base_id
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
+
+
+def write_lora(
+    folder: Path, base_id: str, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], alpha: float, use_rslora: bool = False
+) -> None:
+    """A LoRA adapter from its factors, by module: A [rank, inputs] and B [outputs, rank], all of one rank, in float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = next(iter(factors.values()))[0].shape[0]
+    config = LoraConfig(
+        base_model_name_or_path=base_id,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a float scales as well
+        use_rslora=use_rslora,
+        target_modules=sorted({name.rpartition(".")[2] for name in factors}),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for name, (a, b) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous().cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous().cpu()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A checkpoint that transformers and vLLM load: weights, config and tokenizer."""
+    model.config.use_cache = True
+    # set for training by whoever loaded it, or by a hub's generation_config that does not pass its own check
+    model.generation_config.do_sample = (
+        True if model.generation_config.temperature not in (None, 1.0) else model.generation_config.do_sample
+    )
+    model.save_pretrained(str(folder), safe_serialization=True)
+    tokenizer.save_pretrained(str(folder))

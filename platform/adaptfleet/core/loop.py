@@ -1,18 +1,20 @@
 """The training loop: packed rows, one update a step, the same losses for any number of workers. Knows nothing of Ray."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from torch.distributed.tensor import DTensor
 
 from adaptfleet.contracts.errors import TrainingError
 from adaptfleet.contracts.jobs import TrainSpec
 from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.packing import Pack, pack_arrays
 from adaptfleet.core.data.tokens import Rows
+from adaptfleet.core.methods.adaptation import Adaptation, AdaptedModel
 from adaptfleet.core.optimizer import MasterAdamW
 from adaptfleet.core.packed_forward import PackedBatch, summed_loss
 from adaptfleet.core.schedule import warmup_cosine
@@ -35,20 +37,44 @@ class StepResult:
 
 
 class Trainer:
-    """Trains the parameters that require gradients. With torch.distributed running, gradients are summed over its workers."""
+    """Trains the parameters that require gradients. With torch.distributed running, gradients are summed over its workers: by FSDP for
+    parameters it has sharded, here for all others."""
 
-    def __init__(self, model: PeftModel, train: TrainSpec, plan: StepPlan, rows: Rows | list[Encoded], pad_id: int) -> None:
+    def __init__(
+        self,
+        model: AdaptedModel,
+        adaptation: Adaptation,
+        train: TrainSpec,
+        plan: StepPlan,
+        rows: Rows | list[Encoded],
+        pad_id: int,
+        loss_of: Callable[[PackedBatch], torch.Tensor] | None = None,
+    ) -> None:
+        """`loss_of` gives a batch's summed loss; None: `summed_loss` of the model."""
         self.model = model
+        self.adaptation = adaptation
         self.train = train
         self.plan = plan
         self.rows = rows
         self.pad_id = pad_id
+        self.loss_of = loss_of or partial(summed_loss, model)
         self.optimizer = MasterAdamW(model, train.weight_decay)
         self.step = 0
         self.rank, self.num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._is_sharded = any(isinstance(p, DTensor) for p in model.parameters())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything a resumed run needs but the step."""
+        return self.optimizer.state() | {f"method.{key}": value.clone() for key, value in self.adaptation.state().items()}
+
+    def load_state(self, state: dict[str, torch.Tensor], step: int) -> None:
+        self.optimizer.load_state(state)
+        self.adaptation.load_state({key.removeprefix("method."): value for key, value in state.items() if key.startswith("method.")})
+        self.step = step
 
     def run(self) -> Iterator[StepResult]:
         """Goes on from `self.step` to the plan's end, an update at a time."""
+        self.adaptation.begin(self.model, len(self.plan.steps))
         self.model.train()
         while self.step < len(self.plan.steps):
             yield self._update()
@@ -60,12 +86,14 @@ class Trainer:
         # Dropout draws anew each step, and a resumed step draws what the first try drew.
         torch.manual_seed(hash((self.train.seed, self.step, self.rank)))
         total = torch.zeros(())
-        mine = self.plan.share(self.step, self.rank, self.num_workers)
-        rows_per_pass = max(1, TOKENS_PER_PASS // self.plan.pack_tokens)
-        for begin in range(0, len(mine), rows_per_pass):
-            summed = summed_loss(self.model, self.batch(mine[begin : begin + rows_per_pass]))
+        for batch in self._passes():
+            summed = self.loss_of(batch)
             (summed / num_labels).backward()
             total += summed.detach().cpu()
+        penalty = self.adaptation.penalty(self.model)
+        if penalty is not None:
+            # each worker adds its part of it, for gradients are summed
+            (penalty / self.num_workers).backward()
         if self.num_workers > 1:
             total = self._sum_over_workers(total)
         loss = float(total) / num_labels
@@ -79,18 +107,34 @@ class Trainer:
         learning_rate = self.train.learning_rate * warmup_cosine(self.step, len(self.plan.steps), self.train.warmup_fraction)
         norm = self.optimizer.step(learning_rate, self.train.max_grad_norm)
         self.step += 1
+        self.optimizer.take_zeros(self.adaptation.after_step(self.model, self.step))
+        self.optimizer.zero_grad()
         num_tokens = sum(len(self.rows[i]) for pack in packs for i in pack.indices)
         return StepResult(self.step, loss, learning_rate, norm, num_tokens)
+
+    def _passes(self) -> Iterator[PackedBatch]:
+        """This worker's share of the step. Where parameters are sharded every worker makes as many passes, the last perhaps without labels:
+        each pass gathers them from all."""
+        mine = self.plan.share(self.step, self.rank, self.num_workers)
+        rows_per_pass = max(1, TOKENS_PER_PASS // self.plan.pack_tokens)
+        num_passes = math.ceil(len(mine) / rows_per_pass)
+        for begin in range(0, len(mine), rows_per_pass):
+            yield self.batch(mine[begin : begin + rows_per_pass])
+        if self._is_sharded:
+            longest = len(self.plan.share(self.step, 0, self.num_workers))
+            for _ in range(math.ceil(longest / rows_per_pass) - num_passes):
+                idle = self.batch(self.plan.steps[self.step][:1])
+                yield replace(idle, label_mask_BT=torch.zeros_like(idle.label_mask_BT))
 
     def batch(self, packs: list[Pack]) -> PackedBatch:
         arrays = [pack_arrays(pack, self.rows, self.plan.pack_tokens, self.pad_id) for pack in packs]
         return PackedBatch.stack(arrays, self.model.device)
 
     def _sum_over_workers(self, total: torch.Tensor) -> torch.Tensor:
-        """Adds the loss and all gradients over the workers in one message, in float32."""
-        parameters = list(self.optimizer.parameters.values())
+        """Adds the loss and all gradients that FSDP has not added, over the workers in one message, in float32."""
+        parameters = [p for p in self.optimizer.parameters.values() if not isinstance(p, DTensor)]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([total.to(gradients[0].device).reshape(1), *(g.float().reshape(-1) for g in gradients)])
+        flat = torch.cat([total.to(self.model.device).reshape(1), *(g.float().reshape(-1) for g in gradients)])
         dist.all_reduce(flat)
         offset = 1
         for parameter in parameters:

@@ -10,11 +10,13 @@ CHUNK_POSITIONS = 512
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies; the gradient of the hidden states is formed chunk by chunk in the forward pass, so logits never stay."""
+    """Sum of cross-entropies; the gradients are formed chunk by chunk in the forward pass, so logits never stay."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor):
         grad_ND = torch.empty_like(hidden_ND)
+        grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
+        grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and bias_V.requires_grad else None
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         for begin in range(0, hidden_ND.shape[0], CHUNK_POSITIONS):
             part = slice(begin, begin + CHUNK_POSITIONS)
@@ -25,20 +27,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # d loss / d logits = softmax - one-hot
             probs_CV = logits_CV.sub_(log_norm_C[:, None]).exp_()
             probs_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
-            torch.mm(probs_CV.to(weight_VD.dtype), weight_VD, out=grad_ND[part])
-        ctx.save_for_backward(grad_ND)
+            errors_CV = probs_CV.to(weight_VD.dtype)
+            torch.mm(errors_CV, weight_VD, out=grad_ND[part])
+            if grad_VD is not None:
+                grad_VD += errors_CV.T @ hidden_ND[part]
+            if grad_V is not None:
+                grad_V += probs_CV.sum(0)
+        ctx.save_for_backward(grad_ND, grad_VD, grad_V)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor):
-        (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0].to(grad_ND.dtype), None, None, None
+        return *(g if g is None else (g * grads[0].to(g.dtype)).to(ctx.saved_tensors[0].dtype) for g in ctx.saved_tensors), None
 
 
 def summed_cross_entropy(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor
 ) -> torch.Tensor:
-    """Sum over N of -log softmax(hidden W^T + b)[label], in float32. The head (W, b) is frozen and gets no gradient."""
+    """Sum over N of -log softmax(hidden W^T + b)[label], in float32. The head (W, b) gets gradients where it is trained."""
     if hidden_ND.requires_grad:
         return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N)
     total = hidden_ND.new_zeros((), dtype=torch.float32)

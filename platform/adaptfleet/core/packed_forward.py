@@ -1,10 +1,12 @@
 """The one call that training and its evaluation make: packed rows in, summed loss out. Shapes: B rows, T tokens, N labelled positions."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType, PromptLearningConfig
+from torch.nn import functional as F  # noqa: N812  the name everyone knows
 from transformers import PreTrainedModel
 
 from adaptfleet.contracts.errors import ModelError
@@ -38,38 +40,70 @@ class PackedBatch:
         return int(self.label_mask_BT[:, 1:].sum())
 
 
-def segment_mask(segment_ids_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B, 1, T, T], 0 where the key is of the query's segment and not after it, else the type's lowest number."""
-    num_tokens = segment_ids_BT.shape[1]
+def segment_mask(segment_ids_BT: torch.Tensor, dtype: torch.dtype, num_seen_by_all: int = 0) -> torch.Tensor:
+    """[B, 1, T, P + T], 0 where the key is of the query's segment and not after it, else the type's lowest number.
+
+    The first P = `num_seen_by_all` keys are a prefix that every segment sees.
+    """
+    num_rows, num_tokens = segment_ids_BT.shape
     same_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segment_ids_BT.device).tril_()
-    allowed_BTT = same_BTT & causal_TT
-    mask_BTT = torch.zeros(allowed_BTT.shape, dtype=dtype, device=segment_ids_BT.device)
-    return mask_BTT.masked_fill_(~allowed_BTT, torch.finfo(dtype).min)[:, None]
+    seen_BTP = torch.ones(num_rows, num_tokens, num_seen_by_all, dtype=torch.bool, device=segment_ids_BT.device)
+    allowed_BTK = torch.cat([seen_BTP, same_BTT & causal_TT], dim=2)
+    mask_BTK = torch.zeros(allowed_BTK.shape, dtype=dtype, device=segment_ids_BT.device)
+    return mask_BTK.masked_fill_(~allowed_BTK, torch.finfo(dtype).min)[:, None]
 
 
-def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def plain_base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal language model inside, its layers adapted or not."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     return base
 
 
+def num_virtual_tokens(model: PreTrainedModel | PeftModel) -> int:
+    """Of prefix and prompt tuning; 0 for other methods."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return config.num_virtual_tokens if isinstance(config, PromptLearningConfig) else 0
+
+
 def hidden_states(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> torch.Tensor:
-    """The last hidden states [B, T, D]. The mask is given whole, so nothing depends on how transformers detects packed rows."""
-    base = _base(model)
-    return base.base_model(
-        input_ids=batch.input_ids_BT,
-        position_ids=batch.position_ids_BT,
-        attention_mask=segment_mask(batch.segment_ids_BT, base.dtype),
-        use_cache=False,
-    ).last_hidden_state
+    """The last hidden states [B, T, D]. The mask is given whole, so nothing depends on how transformers detects packed rows.
+
+    A learnt prefix or prompt stands once before each row and every segment sees it; positions go on after it, as if it stood before
+    each example alone.
+    """
+    base, num_virtual = plain_base(model), num_virtual_tokens(model)
+    learnt: Any = model
+    position_ids_BT = batch.position_ids_BT + num_virtual
+    if not num_virtual:
+        inputs = {"input_ids": batch.input_ids_BT, "attention_mask": segment_mask(batch.segment_ids_BT, base.dtype)}
+    elif learnt.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+        inputs = {
+            "input_ids": batch.input_ids_BT,
+            "attention_mask": segment_mask(batch.segment_ids_BT, base.dtype, num_virtual),
+            "past_key_values": learnt.get_prompt(batch_size=len(batch.input_ids_BT)),
+        }
+    else:
+        prompt_BPD = learnt.get_prompt(batch_size=len(batch.input_ids_BT)).to(base.dtype)
+        own_BP = torch.arange(num_virtual, device=base.device).expand(len(prompt_BPD), -1)
+        position_ids_BT = torch.cat([own_BP, position_ids_BT], dim=1)
+        seen_BTK = segment_mask(batch.segment_ids_BT, base.dtype, num_virtual)
+        own_BPK = segment_mask(torch.zeros_like(own_BP), base.dtype)
+        own_BPK = F.pad(own_BPK, (0, batch.input_ids_BT.shape[1]), value=torch.finfo(base.dtype).min)
+        inputs = {
+            "inputs_embeds": torch.cat([prompt_BPD, base.get_input_embeddings()(batch.input_ids_BT)], dim=1),
+            "attention_mask": torch.cat([own_BPK, seen_BTK], dim=2),
+        }
+    hidden_BTD = base.base_model(**inputs, position_ids=position_ids_BT, use_cache=False).last_hidden_state
+    return hidden_BTD[:, -batch.input_ids_BT.shape[1] :]
 
 
 def summed_loss(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> torch.Tensor:
     """The cross-entropies of all labelled tokens, summed; the caller divides by the step's global number of labels."""
     hidden_BTD = hidden_states(model, batch)
     predicted_BT = batch.label_mask_BT[:, 1:]
-    head = _base(model).get_output_embeddings()
+    head = plain_base(model).get_output_embeddings()
     return summed_cross_entropy(
         hidden_BTD[:, :-1][predicted_BT], head.weight, getattr(head, "bias", None), batch.input_ids_BT[:, 1:][predicted_BT]
     )

@@ -3,6 +3,7 @@
 index/NAME/versions/000001.json        a Publication: creating this record is the act of publishing, and claims the number for ever
 index/NAME/removed/000001.json         marks the version as removed
 index/NAME/aliases/ALIAS/000001.json   an AliasMove: the highest number is where the alias points now
+evaluations/NAME/000001/000001.json    an EvaluationRecord of version 1; outside the index, which is listed often
 content/NAME/UPLOAD/PATH               the files of one publication, written before its record
 changes                                a token replaced after every change, which tells a polling reader to look again
 """
@@ -20,6 +21,7 @@ from adaptfleet.contracts.names import check_name
 R = TypeVar("R", bound=Spec)
 INDEX = "index"
 CONTENT = "content"
+EVALUATIONS = "evaluations"
 CHANGES_KEY = "changes"
 
 
@@ -61,6 +63,14 @@ def index_prefix(name: str | None = None) -> str:
 
 def content_prefix(name: str, upload: str | None = None) -> str:
     return f"{CONTENT}/{check_name(name)}" + (f"/{upload}" if upload else "")
+
+
+def evaluations_prefix(name: str, version: int) -> str:
+    return f"{EVALUATIONS}/{check_name(name)}/{version:06d}"
+
+
+def evaluation_key(name: str, version: int, number: int) -> str:
+    return f"{evaluations_prefix(name, version)}/{number:06d}.json"
 
 
 def to_bytes(record: Spec) -> bytes:

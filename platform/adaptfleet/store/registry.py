@@ -7,11 +7,13 @@ from pathlib import Path
 
 from adaptfleet.contracts.artifacts import ArtifactKind, Draft, FileEntry, Manifest
 from adaptfleet.contracts.errors import NotFoundError, PublishError, StoreError
+from adaptfleet.contracts.evaluating import EvaluationRecord
 from adaptfleet.contracts.home import store_url
 from adaptfleet.contracts.names import DEFAULT_ALIAS, Reference, check_alias, check_name, near
 from adaptfleet.store.aliases import Move, Step, away, forward, move_alias, not_back
 from adaptfleet.store.cache import cached_folder
 from adaptfleet.store.content import discard, discard_abandoned, publishable_files, upload
+from adaptfleet.store.evaluations import add_evaluation, read_evaluations
 from adaptfleet.store.index import Index, Listing
 from adaptfleet.store.objects import Objects
 from adaptfleet.store.records import AliasMove, Publication, Removal, removed_key, to_bytes, version_key
@@ -86,6 +88,11 @@ class Registry:
                 return manifest
         return None
 
+    def evaluations(self, reference: Reference | str) -> list[EvaluationRecord]:
+        """What evaluations of the version have found, the newest last."""
+        manifest = self.resolve(reference)
+        return read_evaluations(self._objects, manifest.name, manifest.version)
+
     def fetch(self, manifest: Manifest, cache: Path) -> Path:
         """A local folder with the artifact's files, each checked against its SHA-256; equal content is kept once.
 
@@ -126,6 +133,11 @@ class Registry:
             self._index.announce()
         discard_abandoned(self._objects, draft.name, self._uploads(draft.name) | {upload_id})
         return manifest
+
+    def add_evaluation(self, reference: Reference | str, record: EvaluationRecord) -> int:
+        """Keeps an evaluation beside its version and returns its number. The version does not change."""
+        manifest = self.resolve(reference)
+        return add_evaluation(self._objects, manifest.name, manifest.version, record)
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
         """Points the alias at a version. Readers see the old or the new target, nothing between."""

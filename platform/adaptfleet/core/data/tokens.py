@@ -139,3 +139,12 @@ class Rows(Sequence[TokenRow]):
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each row."""
         return np.concatenate([file.lengths for file in self.files])[self.order_N]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def num_labels(self) -> int:
+        """Counted anew: reads every row."""
+        return sum(row.num_labels for row in self)

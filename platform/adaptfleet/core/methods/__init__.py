@@ -1,1 +1,1 @@
-"""One module a method: `attach` puts trainable parameters into a frozen base."""
+"""The methods of adaptation, one file each; `choice` picks by the contract."""

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import psutil
 import torch
+import torch.distributed as dist
 
 from adaptfleet.contracts.model import ModelSpec
 
@@ -31,3 +33,13 @@ def model_dtype(spec: ModelSpec) -> torch.dtype:
     if spec.dtype == "auto":
         return torch.bfloat16 if computes_bfloat16_fast() else torch.float32
     return torch.bfloat16 if spec.dtype == "bfloat16" else torch.float32
+
+
+def memory_per_worker(workers_here: int) -> int:
+    """Bytes that one worker may use: the same number for every worker, that of the one with least."""
+    own = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total // workers_here
+    if not dist.is_initialized():
+        return own
+    least = torch.tensor(own, dtype=torch.int64, device=device())
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)

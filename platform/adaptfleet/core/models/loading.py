@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from adaptfleet.contracts.errors import ModelError
 from adaptfleet.contracts.home import home
@@ -81,7 +82,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
-def load_base(spec: ModelSpec, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+def load_base(
+    spec: ModelSpec, dtype: torch.dtype | None = None, quantization: QuantizationConfigMixin | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """The base on its device, frozen and in evaluation mode, its tokenizer and its revision."""
     folder = resolve_model_folder(spec)
     tokenizer = load_tokenizer(folder, spec.trust_remote_code)
@@ -92,11 +95,13 @@ def load_base(spec: ModelSpec, dtype: torch.dtype | None = None) -> tuple[PreTra
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=spec.trust_remote_code,
+            **({"quantization_config": quantization, "device_map": {"": device()}} if quantization else {}),
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no causal language model can be loaded from {folder}: {error}") from None
     model.requires_grad_(False)
     # The cache hides packed rows from transformers' mask, and one row's tokens would attend to another's.
     model.config.use_cache = False
-    torch.nn.Module.to(model, device())
+    if quantization is None:
+        torch.nn.Module.to(model, device())
     return model.eval(), tokenizer, base_revision(folder)

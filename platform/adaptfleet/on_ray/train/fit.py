@@ -1,10 +1,12 @@
 """The part of a fine-tune that runs on the cluster."""
 
+import os
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import ScalingConfig  # ray.train's own name is typed as the old one
 
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import ClusterSpec, FinetuneJob
@@ -12,21 +14,34 @@ from adaptfleet.on_ray.train.progress import ProgressTeller
 from adaptfleet.on_ray.train.run_folder import RunFolder
 from adaptfleet.on_ray.train.worker import train_worker
 
+# Ray Train looks at its workers and at draining nodes rarely; a lost worker or a notice should cost seconds.
+_WATCHFUL = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
+
 
 def fit(job: FinetuneJob, folder: RunFolder) -> None:
     """Trains on Ray's workers. A run of the same name goes on from its last checkpoint."""
+    for name, value in _WATCHFUL.items():
+        os.environ.setdefault(name, value)
+    cluster = job.cluster
     with ray.init(ignore_reinit_error=True):
-        cpus, gpus = worker_resources(job.cluster)
+        cpus, gpus = worker_resources(cluster)
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job.model_dump_json(), "folder": str(folder.path), "num_cpus": cpus},
             scaling_config=ScalingConfig(
-                num_workers=job.cluster.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+                num_workers=cluster.workers if isinstance(cluster.workers, int) else (cluster.min_workers, cluster.max_workers),
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+                elastic_resize_monitor_interval_s=cluster.resize_check_interval_s,
             ),
             run_config=RunConfig(
                 name=job.run_name(),
                 storage_path=str(folder.path.parent),
-                failure_config=FailureConfig(max_failures=job.cluster.max_failures),
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep),
             ),
         )
@@ -35,14 +50,29 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
 
 
 def worker_resources(cluster: ClusterSpec) -> tuple[int, float]:
-    """CPUs and GPUs of one worker: what the contract says, else an equal share of what is free now. ContractError when it can't fit."""
+    """CPUs and GPUs of one worker: what the contract says, else an equal share of what is free now.
+
+    ContractError when the fewest workers asked for do not fit the cluster, now or by growing.
+    """
     total, free = ray.cluster_resources(), ray.available_resources()
-    gpus = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(total.get("GPU", 0) >= cluster.workers)
-    cpus = cluster.cpus_per_worker or max(1, int(free.get("CPU", 0)) // cluster.workers)
-    wanted: dict[str, Any] = {"CPU": cpus * cluster.workers, "GPU": gpus * cluster.workers}
+    workers = cluster.min_workers
+    gpus = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(total.get("GPU", 0) >= workers)
+    cpus = cluster.cpus_per_worker or max(1, int(free.get("CPU", 0)) // cluster.max_workers)
+    wanted: dict[str, Any] = {"CPU": cpus * workers, "GPU": gpus * workers}
+    limit = growable_resources(total)
     short = [
-        f"{value:g} {name}s where the cluster has {total.get(name, 0):g}" for name, value in wanted.items() if value > total.get(name, 0)
+        f"{value:g} {name}s where the cluster has {limit.get(name, 0):g}" for name, value in wanted.items() if value > limit.get(name, 0)
     ]
     if short:
-        raise ContractError(f"cluster: {cluster.workers} workers want {' and '.join(short)}. Ask for fewer workers or smaller ones.")
+        raise ContractError(f"cluster: {workers} workers want {' and '.join(short)}. Ask for fewer workers or smaller ones.")
     return cpus, gpus
+
+
+def growable_resources(total: dict[str, float]) -> dict[str, float]:
+    """What the cluster can come to have: its autoscaler's limits where there is one, else what it has."""
+    from ray._private.state import state  # Ray Train itself asks here; there is no public way
+
+    limits = state.get_max_resources_from_cluster_config()
+    return {
+        name: max(value, (limits or {}).get(name, 0)) for name, value in (total | {k: 0.0 for k in limits or {} if k not in total}).items()
+    }

@@ -19,7 +19,7 @@ from adaptfleet.core.data.sample_order import permutation
 from adaptfleet.core.data.scan import TEXT
 from adaptfleet.core.data.token_cache import Encoder, tokenise, tokenizer_sha256
 from adaptfleet.core.data.tokens import Rows
-from adaptfleet.core.methods.lora import resolve_targets
+from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.models.loading import base_revision, load_tokenizer, resolve_model_folder
 from adaptfleet.core.steps import StepPlan, plan_steps
 from adaptfleet.on_ray.data.execution import choose_execution
@@ -46,7 +46,7 @@ def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], Non
     """
     offenders: list[AdaptfleetError] = []
     base_id = ServingSpec(model=job.model).base_id()
-    if job.publish.name == base_id:
+    if job.publish and job.publish.name == base_id:
         offenders.append(ContractError(f"publish.name is {base_id!r}, the base's own id on the endpoint; give the adapter another name."))
     folder = resolve_model_folder(job.model)
     tokenizer = load_tokenizer(folder, job.model.trust_remote_code)
@@ -61,8 +61,7 @@ def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], Non
     try:
         dataset = open_dataset(job.data, fetch)
         if not len(dataset.test):
-            names = ", ".join(entry.source for entry in job.data.sources())
-            raise DataError(f"no row of {names} is held out; raise data.test_fraction or give data.test.")
+            raise DataError(f"no row of {job.data.name()!r} is held out; raise data.test_fraction or give data.test.")
         encoder = Encoder(tokenizer, job.train.pack_tokens, job.train.truncate)
         execute = choose_execution(job.data.preprocess, len(dataset.train) + len(dataset.test), join_cluster)
         tokens = tokenise(dataset, encoder, tokenizer_sha256(folder, tokenizer), execute)
@@ -72,7 +71,8 @@ def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], Non
         raise type(offenders[0])("\n".join(map(str, offenders)))
     train_rows = tokens.rows(np.concatenate(tokens.train_parts))
     shuffled = permutation(len(tokens.test), job.data.seed, epoch=0)
-    examples = _answerable(dataset, dataset.test[shuffled], job.evaluation.max_generated_rows)
+    num_answered = max(job.evaluation.max_generated_rows, job.evaluation.max_sample_rows)
+    examples = _answerable(dataset, dataset.test[shuffled], num_answered)
     plan = plan_steps(train_rows, job.train, Mixture(tuple(map(len, tokens.train_parts)), dataset.weights))
     return Prepared(base_id, base_revision(folder), dataset, train_rows, tokens.rows(tokens.test[shuffled]), examples, plan)
 
@@ -88,4 +88,4 @@ def _check_method(folder: Path, job: FinetuneJob) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=job.model.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=job.model.trust_remote_code)
-    resolve_targets(model, job.method)
+    adaptation(job.method).check(model)

@@ -6,9 +6,12 @@ rows/              the token files (links to the cache), which of their rows are
 facts.json         data hash, base revision, counts, library versions
 metrics.jsonl      a line an update and an evaluation
 tensorboard/       the same curves
+samples.json       the same few held-out rows answered before and after training
+report.html        all of it to look at, written at the end
 progress.json      where the run stands now
 failure.json       why it stopped, where the cause is the contract's or the data's
-adapter/           the result, in peft's format
+adapter/           the trained part, in peft's format
+model/             the merged checkpoint, where that is what is published
 checkpoint_*       Ray Train's checkpoints
 """
 
@@ -93,14 +96,18 @@ class RunFolder:
         file = self.path / "rows" / "test.jsonl"
         return read_rows(file) if file.stat().st_size else []
 
-    def last_metrics(self, kind: str) -> dict[str, float]:
-        """The newest line of a kind in `metrics.jsonl`."""
+    def metrics(self, kind: str) -> list[dict[str, float]]:
+        """The lines of a kind (`train`, `evaluation`) in `metrics.jsonl`, in the order of steps."""
         lines = map(json.loads, (self.path / "metrics.jsonl").read_text().splitlines())
-        return [line for line in lines if line["kind"] == kind][-1]
+        return [line for line in lines if line["kind"] == kind]
 
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
 
 
 def _link(file: Path, target: Path) -> None:

@@ -4,24 +4,38 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
+from ray.train import CheckpointUploadMode
 
 from adaptfleet.contracts.errors import AdaptfleetError
 from adaptfleet.contracts.jobs import FinetuneJob
-from adaptfleet.core.checkpoint import read_checkpoint, write_checkpoint
+from adaptfleet.contracts.methods import QLora
+from adaptfleet.core.checkpoint import read_progress, read_tensors, write_checkpoint
 from adaptfleet.core.compilation import compile_layers, should_compile
+from adaptfleet.core.data.examples import Example
 from adaptfleet.core.evaluation.held_out import answer_scores, greedy_answers, held_out_loss
-from adaptfleet.core.export import export_adapter
+from adaptfleet.core.export import export_model
 from adaptfleet.core.loop import Trainer
-from adaptfleet.core.methods.lora import attach_lora
+from adaptfleet.core.methods.adaptation import AdaptedModel
+from adaptfleet.core.methods.choice import adaptation
+from adaptfleet.core.methods.qlora import quantization_config
+from adaptfleet.core.models.device import memory_per_worker, model_dtype
 from adaptfleet.core.models.loading import load_base
 from adaptfleet.core.packed_forward import check_packable
+from adaptfleet.core.sharding import choose_placement, shard
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
 from adaptfleet.on_ray.train.run_folder import RunFolder
+from adaptfleet.on_ray.train.samples import write_after, write_before
+from adaptfleet.on_ray.train.tracking import open_trackers
+
+
+class PreemptedError(Exception):
+    """Ends a worker at a preemption notice, its state saved: Ray Train starts the run again on the nodes that stay."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -38,34 +52,62 @@ def train_worker(config: dict[str, Any]) -> None:
 class _FinetuneWorker:
     def __init__(self, job: FinetuneJob, folder: RunFolder, num_cpus: int) -> None:
         torch.set_num_threads(min(num_cpus, os.cpu_count() or 1))
+        context = ray.train.get_context()
         self.job = job
         self.folder = folder
         self.facts = folder.read_json("facts.json") or {}
-        self.is_first = ray.train.get_context().get_world_rank() == 0
+        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        self.is_first = self.rank == 0
         self.rows = folder.read_rows("train")
         self.test_rows = folder.read_rows("test")[: job.evaluation.max_loss_rows]
-        self.examples = folder.read_examples()
+        answerable = folder.read_examples()
+        self.examples = answerable[: job.evaluation.max_generated_rows]
+        self.sample_rows = answerable[: job.evaluation.max_sample_rows]
+        self.answers: list[str] = []
         self.plan = folder.read_plan()
-        base, self.tokenizer, _ = load_base(job.model)
-        longest = int(max(self.rows.lengths.max(), self.test_rows.lengths.max()))
-        check_packable(base, len(self.tokenizer), job.train.pack_tokens, longest)
-        self.model = attach_lora(base, job.method, job.train.seed)
-        self.trainer = Trainer(self.model, job.train, self.plan, self.rows, self.tokenizer.pad_token_id)
+        self.model = self._adapted(check=True)
+        compiled, self.compile_reason = should_compile(job.train.compile, self.plan.num_tokens)
+        self.compiled = compiled and self.adaptation.compilable
+        if self.compiled:
+            compile_layers(self.model)
+        parameters = list(self.model.parameters())
+        self.placement = choose_placement(
+            job.cluster.shard,
+            self.num_workers,
+            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in parameters if p.requires_grad),
+            self.model.dtype.itemsize,
+            memory_per_worker(context.get_local_world_size()),
+        )
+        loss_of = shard(self.model, self.num_workers) if self.placement.mode == "fsdp2" else None
+        self.is_sharded = loss_of is not None
+        self.trainer = Trainer(self.model, self.adaptation, job.train, self.plan, self.rows, self.tokenizer.pad_token_id, loss_of)
+
+    def _adapted(self, check: bool = False) -> AdaptedModel:
+        method = self.job.method
+        quantized = quantization_config(method, model_dtype(self.job.model)) if isinstance(method, QLora) else None
+        base, self.tokenizer, _ = load_base(self.job.model, quantization=quantized)
+        if check:
+            longest = int(max(self.rows.lengths.max(), self.test_rows.lengths.max())) + getattr(method, "num_virtual_tokens", 0)
+            check_packable(base, len(self.tokenizer), self.job.train.pack_tokens, longest)
+        self.adaptation = adaptation(method, self.tokenizer)
+        return self.adaptation.attach(base, self.job.train.seed)
 
     def run(self) -> None:
         num_steps = len(self.plan.steps)
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as path:
-                state, progress = read_checkpoint(Path(path))
-            self.trainer.optimizer.load_state(state)
-            self.trainer.step = progress["step"]
-        compiled, reason = should_compile(self.job.train.compile, self.plan.num_tokens)
-        if compiled:
-            compile_layers(self.model)
-        log = MetricsLog(self.folder.path, self.trainer.step) if self.is_first else None
+        resumed = self._resume()
+        if not resumed and (self.is_first or self.is_sharded):
+            self._say(phase="answering samples before training,")
+            before = self._answer(self.sample_rows)
+            if self.is_first:
+                write_before(self.folder, self.sample_rows, before)
+        log = None
+        if self.is_first:
+            trackers = open_trackers(self.job, self.folder.path, self.trainer.step)
+            log = MetricsLog(self.folder.path, self.trainer.step, trackers)
         evaluated = {round(num_steps * (i + 1) / self.job.evaluation.times) for i in range(self.job.evaluation.times)}
-        self._say(phase="training", compiled=compiled, compile_reason=reason)
+        reason = f"{self.compile_reason}; {self.placement.mode}: {self.placement.reason}"
+        self._say(phase="training", compiled=self.compiled, compile_reason=reason)
         num_tokens, seconds, began = 0, 0.0, time.perf_counter()
         for result in self.trainer.run():
             num_tokens += result.num_tokens
@@ -73,7 +115,7 @@ class _FinetuneWorker:
             speed = num_tokens / seconds
             if log:
                 values = {"loss": result.loss, "learning_rate": result.learning_rate, "grad_norm": result.grad_norm, "tokens_per_s": speed}
-                log.write("train", result.step, values)
+                log.write("train", result.step, {**values, "num_workers": self.num_workers})
             self._say(
                 phase="training",
                 loss=result.loss,
@@ -81,52 +123,102 @@ class _FinetuneWorker:
                 seconds_left=(num_steps - result.step) * seconds / num_tokens * result.num_tokens,
             )
             metrics: dict[str, float] = {"step": result.step, "train_loss": result.loss, "train_tokens_per_s": speed}
-            if result.step in evaluated and log:
+            if result.step in evaluated and (log or self.is_sharded):
                 metrics |= self._evaluate(log)
                 self.model.train()
-            self._report(metrics, result.step == num_steps)
+            self._save(metrics, is_last=result.step == num_steps)
             began = time.perf_counter()
+        self._finish()
         if log:
-            self._finish()
             log.close()
 
-    def _evaluate(self, log: MetricsLog) -> dict[str, float]:
-        """The held-out metrics, on the first worker alone: the others wait for its next gradient."""
-        step = self.trainer.step
+    def _resume(self) -> bool:
+        """Takes up the last checkpoint; False: there is none."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return False
+        with checkpoint.as_directory() as path:
+            progress = read_progress(Path(path))
+            self.trainer.load_state(read_tensors(Path(path), self.trainer.state()), progress["step"])
+        return True
+
+    def _evaluate(self, log: MetricsLog | None) -> dict[str, float]:
+        """The held-out metrics. The first worker alone finds them while the others wait for its next gradient; where the model is sharded
+        all take part."""
         self._say(phase="evaluating")
-        loss = held_out_loss(self.model, self.test_rows, self.plan.pack_tokens, self.tokenizer.pad_token_id)
+        with torch.compiler.set_stance("force_eager"):
+            loss = held_out_loss(self.model, self.test_rows, self.plan.pack_tokens, self.tokenizer.pad_token_id, self.trainer.loss_of)
         values = {"eval_loss": loss.loss, "eval_perplexity": loss.perplexity}
         if self.examples:
-            answers = greedy_answers(
-                self.model,
-                self.tokenizer,
-                self.examples,
-                self.job.evaluation.max_new_tokens,
-                lambda done: self._say(phase=f"answering held-out rows, {done}/{len(self.examples)}"),
-            )
-            values |= answer_scores(answers, self.examples).metrics()
-        log.write("evaluation", step, values)
-        self.folder.write_json("evaluation.json", {"step": step, **values})
+            self.answers = self._answer(self.examples)
+            values |= answer_scores(self.answers, self.examples).metrics()
+        if log:
+            log.write("evaluation", self.trainer.step, values)
+            self.folder.write_json("evaluation.json", {"step": self.trainer.step, **values})
         return values
 
-    def _report(self, metrics: dict[str, float], is_last: bool) -> None:
-        """A checkpoint when one is due. Every worker reports, the first one alone writes: all hold the same state."""
-        if not is_last and self.trainer.step % self.job.checkpoint.every_steps:
+    def _answer(self, examples: list[Example]) -> list[str]:
+        def tell(done: int) -> None:
+            self._say(phase=f"answering held-out rows, {done}/{len(examples)}")
+
+        # answers grow token by token, and compiled layers would be compiled anew for each length
+        with torch.compiler.set_stance("force_eager"):
+            return greedy_answers(self.model, self.tokenizer, examples, self.job.evaluation.max_new_tokens, tell)
+
+    def _save(self, metrics: dict[str, float], is_last: bool) -> None:
+        """A checkpoint when one is due, written while training goes on; at a preemption notice one that is waited for, and the end."""
+        preempted = ray.train.get_preemption_info() is not None and not is_last
+        due = is_last or preempted or self.trainer.step % self.job.checkpoint.every_steps == 0
+        if not due:
             return
-        if not self.is_first:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory(prefix="checkpoint-") as path:
-            write_checkpoint(Path(path), self.trainer.optimizer.state(), {"step": self.trainer.step, "metrics": metrics})
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
+        checkpoint = None
+        state = self.trainer.state() if self.is_first or self.is_sharded else {}
+        if state:
+            folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+            write_checkpoint(folder, state, {"step": self.trainer.step, "metrics": metrics}, self.rank)
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        waits = is_last or preempted
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if waits else CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+        if preempted:
+            self._say(phase="leaving a preempted node, all saved,")
+            raise PreemptedError(f"preempted after step {self.trainer.step}; nothing is lost")
 
     def _finish(self) -> None:
+        """The trained part on disk, and the merged model where that is what will be published."""
+        if self.is_first or self.is_sharded:
+            # The samples are the first of the rows that the last evaluation has answered.
+            known = self.answers[: len(self.sample_rows)]
+            after = known + self._answer(self.sample_rows[len(known) :])
+            if self.is_first:
+                write_after(self.folder, after)
         self._say(phase="exporting")
-        unfinished = self.folder.path / ".adapter"
+        trained = self.trainer.optimizer.whole_weights() if self.is_sharded else {}
+        if not self.is_first:
+            return
+        model = self.model
+        if self.is_sharded:
+            first = self.adaptation
+            model = self._adapted()
+            self.adaptation.load_state(first.state())
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in trained:
+                        parameter.copy_(trained[name])
+        self._write(self.folder.adapter, lambda folder: self.adaptation.export(model.eval(), folder, self.facts["base"]))
+        if self.job.publish and self.job.published_as() == "model":
+            self._write(self.folder.model, lambda folder: export_model(self.adaptation.merged(model), self.tokenizer, folder))
+
+    def _write(self, target: Path, export: Callable[[Path], None]) -> None:
+        unfinished = target.with_name(f".{target.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
-        export_adapter(self.model, unfinished, self.facts["base"])
-        shutil.rmtree(self.folder.adapter, ignore_errors=True)
-        unfinished.rename(self.folder.adapter)
+        export(unfinished)
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
 
     def _say(self, **values: Any) -> None:
         if self.is_first:

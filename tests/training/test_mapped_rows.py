@@ -8,11 +8,12 @@ import pytest
 from adaptfleet.contracts.jobs import TrainSpec
 from adaptfleet.contracts.methods import Lora
 from adaptfleet.core.data import tokens
+from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.tokens import Rows, TokenFile, record_batch, write_tokens
 from adaptfleet.core.evaluation.held_out import held_out_loss
 from adaptfleet.core.loop import Trainer
-from adaptfleet.core.methods.lora import attach_lora
-from adaptfleet.core.steps import load_plan, plan_steps
+from adaptfleet.core.methods.lora import LoraAdaptation
+from adaptfleet.core.steps import StepPlan, load_plan, plan_steps
 from tests.training.conftest import make_model
 from tests.training.test_loop import rows
 
@@ -29,10 +30,11 @@ def test_losses_are_those_of_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     train = TrainSpec(epochs=1, pack_tokens=64, packs_per_step=3, learning_rate=0.01)
     plan_steps(mapped, train).save(tmp_path)
 
-    def losses(data: Rows | list, plan) -> list[float]:  # type: ignore[no-untyped-def, type-arg]
-        trainer = Trainer(attach_lora(make_model("llama"), Lora(rank=4), 0), train, plan, data, pad_id=0)
+    def losses(data: Rows | list[Encoded], plan: StepPlan) -> list[tuple[float, int]]:
+        adaptation = LoraAdaptation(Lora(rank=4))
+        trainer = Trainer(adaptation.attach(make_model("llama"), 0), adaptation, train, plan, data, pad_id=0)
         return [(r.loss, r.num_tokens) for r in trainer.run()]
 
     assert losses(mapped, load_plan(tmp_path)) == losses(listed, plan_steps(listed, train))
-    model = attach_lora(make_model("llama"), Lora(rank=4), 0)
+    model = LoraAdaptation(Lora(rank=4)).attach(make_model("llama"), 0)
     assert held_out_loss(model, mapped[:9], 64, 0) == held_out_loss(model, listed[:9], 64, 0)

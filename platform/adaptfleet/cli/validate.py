@@ -69,7 +69,8 @@ def _print(validation: "Validation") -> None:
         print(f"\ntokens of a row, {side.name}")
         most = max(bar.count for bar in bins)
         for bar in bins:
-            print(f"  {bar.first:>7,} to {bar.last:>7,}  {bar.count:>9,}  {'█' * round(_BAR_CHARS * bar.count / most)}")
+            drawn = "█" * round(_BAR_CHARS * bar.count / most)
+            print(f"  {bar.first:>7,} to {bar.last:>7,}  {bar.count:>9,}  {drawn}".rstrip())
     for finding in sorted(validation.findings, key=lambda f: not f.is_fatal):
         print(f"\n{'ERROR' if finding.is_fatal else 'note'}: {finding.title}")
         for line in finding.lines:

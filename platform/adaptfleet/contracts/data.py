@@ -65,3 +65,7 @@ class DataSpec(Spec):
     def sources(self) -> tuple[MixtureSource, ...]:
         """What is trained on: the mixture's sources, or `train` alone."""
         return self.mixture or (MixtureSource(source=self.train or ""),)
+
+    def name(self) -> str:
+        """For messages and reports."""
+        return ", ".join(entry.source for entry in self.sources())

@@ -1,5 +1,6 @@
 """Finding a data set, mixing several, and holding rows out, without keeping the rows."""
 
+import bisect
 import hashlib
 from dataclasses import dataclass
 
@@ -126,14 +127,13 @@ def survey_dataset(
     test = [given]
     if divided:
         try:
-            is_held_out = held_out_prompts(np.concatenate([prompts[parts[i]] for i in divided]), spec.test_fraction)
+            last = last_held_out(np.concatenate([prompts[parts[i]] for i in divided]), spec.test_fraction)
+            for i in divided:
+                chosen = prompts[parts[i]] <= last
+                test.append(parts[i][chosen])
+                parts[i] = parts[i][~chosen]
         except DataError as error:
             faults.append(error)
-            is_held_out = prompts[:0]
-        for i in divided:
-            chosen = np.isin(prompts[parts[i]], is_held_out)
-            test.append(parts[i][chosen])
-            parts[i] = parts[i][~chosen]
     seeded = tuple(part[permutation(len(part), spec.seed, epoch=0)[: spec.max_rows]] for part in parts)
     weights = tuple(entry.weight for entry in spec.sources())
     index = DatasetIndex(tuple(scans), seeded, np.sort(np.concatenate(test)), weights)
@@ -164,25 +164,25 @@ def _found(spec: DataSpec, fetch_published: FetchPublished | None) -> tuple[list
 
 
 def split_rows(rows: list[Example], test_fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Train and test rows of a set in memory; see `held_out_prompts`."""
+    """Train and test rows of a set in memory; see `last_held_out`."""
     prompts_N = np.frombuffer(b"".join(prompt_place(row, seed) for row in rows), dtype="<u8")
-    is_held_out = np.isin(prompts_N, held_out_prompts(prompts_N, test_fraction)).tolist()
+    is_held_out = (prompts_N <= last_held_out(prompts_N, test_fraction)).tolist()
     return [r for r, held in zip(rows, is_held_out, strict=True) if not held], [
         r for r, held in zip(rows, is_held_out, strict=True) if held
     ]
 
 
-def held_out_prompts(prompts_N: npt.NDArray[np.uint64], test_fraction: float) -> npt.NDArray[np.uint64]:
-    """The prompts that go to the test side. A prompt's side depends on itself and the seed alone, so that equal prompts stand together and
-    rows that are added later leave the others where they are. Each side gets at least one prompt.
+def last_held_out(prompts_N: npt.NDArray[np.uint64], test_fraction: float) -> np.uint64:
+    """The last place on the test side: prompts up to it go there. A prompt's side depends on itself and the seed alone, so that equal
+    prompts stand together and rows that are added later leave the others where they are. Each side gets at least one prompt.
     """
     places = np.unique(prompts_N)
     if len(places) < 2:
         raise DataError(
             f"the {len(prompts_N)} rows have one prompt among them, so none can be held out. Add rows, or name a file in `test`."
         )
-    num_held_out = int(np.searchsorted(places.astype(np.float64) / 2.0**64, test_fraction))
-    return places[: min(max(1, num_held_out), len(places) - 1)]
+    num_held_out = bisect.bisect_left(places, test_fraction, key=lambda place: int(place) / 2**64)
+    return places[min(max(1, num_held_out), len(places) - 1) - 1]
 
 
 def _leak(index: DatasetIndex, train: RowNumbers, prompts: npt.NDArray[np.uint64]) -> DataError | None:

@@ -38,6 +38,8 @@ class Mixture:
 
     def epoch(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
         """The rows of an epoch in their order."""
+        if len(self.sizes) == 1:
+            return permutation(self.sizes[0], seed, epoch)
         starts = np.cumsum([0, *self.sizes])
         chosen = [
             starts[i] + self._turn(size, count, epoch, f"{seed}:{i}")

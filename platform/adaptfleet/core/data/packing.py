@@ -95,7 +95,7 @@ def pack_table(lengths_N: npt.NDArray[np.int32], pack_tokens: int, order_M: npt.
         pack_of_M[begin : begin + len(numbers)] = numbers
     by_pack_M = np.argsort(pack_of_M, kind="stable")
     starts_P = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.bincount(pack_of_M, minlength=num_packs))])
-    return PackTable(order_M[by_pack_M].astype(np.int32), starts_P)
+    return PackTable(order_M.astype(np.int32)[by_pack_M], starts_P)
 
 
 def fill_ratio(packs: Sequence[Pack], lengths: Sequence[int], pack_tokens: int) -> float:

@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from adaptfleet.core.data.encoding import Encoded
 
-_RELEASED_AFTER = 1024
-"""Rows read from a file before its mapped pages are given back. The system keeps them in its cache; but they would count as this process's
+_RELEASED_AFTER = 256
+"""Places read in a file before its mapped pages are given back. The system keeps them in its cache; but they would count as this process's
 memory, 64 KB for each row read at random, until the whole file did."""
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "label_mask": pa.list_(pa.bool_())})
 
@@ -87,6 +87,7 @@ class TokenFile:
         self._batches = [_Batch(reader.get_batch(i)) for i in range(reader.num_record_batches)]
         self._first = np.cumsum([0, *(len(batch.starts) - 1 for batch in self._batches)])
         self._num_read = 0
+        self._release()
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -94,16 +95,22 @@ class TokenFile:
     def __getitem__(self, at: int) -> TokenRow:
         self._num_read += 1
         if self._num_read % _RELEASED_AFTER == 0:
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+            self._release()
         batch = int(np.searchsorted(self._first, at, side="right")) - 1
         return self._batches[batch].row(at - int(self._first[batch]))
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int32]:
-        lengths = np.concatenate([np.empty(0, dtype=np.int32), *(np.diff(batch.starts) for batch in self._batches)])
-        # Reading them touched pages of every batch.
+        lengths_N = np.empty(len(self), dtype=np.int32)
+        for number, (batch, first) in enumerate(zip(self._batches, self._first, strict=False)):
+            lengths_N[first : first + len(batch.starts) - 1] = np.diff(batch.starts)
+            if number % _RELEASED_AFTER == 0:
+                self._release()
+        self._release()
+        return lengths_N
+
+    def _release(self) -> None:
         self._mapped.madvise(mmap.MADV_DONTNEED)
-        return lengths
 
 
 class Rows(Sequence[TokenRow]):
@@ -132,3 +139,12 @@ class Rows(Sequence[TokenRow]):
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each row."""
         return np.concatenate([file.lengths for file in self.files])[self.order_N]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def num_labels(self) -> int:
+        """Counted anew: reads every row."""
+        return sum(row.num_labels for row in self)

@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
+import numpy.typing as npt
+
 WIDTH, HEIGHT = 560, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 38
 MAX_MARKS = 400
@@ -37,15 +40,14 @@ def line_chart(title: str, points: Sequence[tuple[float, float]], noisy: bool = 
     return _figure(title, last, scale.axes(x_label) + "".join(lines) + marks)
 
 
-def histogram(title: str, values: Sequence[int], unit: str, num_bins: int = 24) -> str:
+def histogram(title: str, values: Sequence[int] | npt.NDArray[np.int32], unit: str, num_bins: int = 24) -> str:
     """A figure of how often whole numbers fall into bins of equal width."""
-    if not values:
+    ordered = np.sort(np.asarray(values))
+    if not len(ordered):
         return ""
-    low, high = min(values), max(values)
+    low, high, median = int(ordered[0]), int(ordered[-1]), int(ordered[len(ordered) // 2])
     width = max(1, math.ceil((high - low + 1) / num_bins))
-    counts = [0] * ((high - low) // width + 1)
-    for value in values:
-        counts[(value - low) // width] += 1
+    counts: list[int] = np.bincount((ordered - low) // width).tolist()
     scale = _Scale([low, low + width * len(counts)], [0, max(counts)])
     bars = ""
     for i, count in enumerate(counts):
@@ -56,7 +58,7 @@ def histogram(title: str, values: Sequence[int], unit: str, num_bins: int = 24) 
             f'<rect class="bar" x="{left:.1f}" y="{scale.y(count):.1f}" width="{max(1.0, right - left):.1f}" '
             f'height="{scale.y(0) - scale.y(count):.1f}"><title>{span} {escape(unit)}: {count}</title></rect>'
         )
-    return _figure(title, f"{low} to {high}, median {sorted(values)[len(values) // 2]}", scale.axes(unit) + bars)
+    return _figure(title, f"{low} to {high}, median {median}", scale.axes(unit) + bars)
 
 
 class _Scale:

@@ -8,7 +8,7 @@ from pathlib import Path
 from adaptfleet.contracts.errors import DataError
 from adaptfleet.contracts.evaluating import EvaluateJob
 from adaptfleet.contracts.home import home
-from adaptfleet.core.data.datasets import load_dataset
+from adaptfleet.core.data.datasets import open_dataset
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.rows import read_rows
 from adaptfleet.core.data.sample_order import epoch_order
@@ -33,10 +33,10 @@ def load_rows(job: EvaluateJob, registry: Registry) -> Rows:
         def fetch(reference: str) -> Path:
             return registry.fetch(registry.resolve(reference), home() / "cache" / "artifacts")
 
-        sources = ", ".join(entry.source for entry in job.data.sources())
-        examples, origin, seed = load_dataset(job.data, fetch).test, job.data.test or sources, job.data.seed
+        index = open_dataset(job.data, fetch)
+        examples, origin, seed = index.examples_at(index.test), job.data.test or job.data.name(), job.data.seed
         if not examples:
-            raise DataError(f"no row of {sources} is held out; raise data.test_fraction, or give data.test or rows.")
+            raise DataError(f"no row of {job.data.name()!r} is held out; raise data.test_fraction, or give data.test or rows.")
     examples = [examples[i] for i in epoch_order(len(examples), seed, epoch=0)][: job.max_rows]
     if not job.perplexity and all(example.answer is None for example in examples):
         raise DataError(f"the rows of {origin!r} are plain texts, which have nothing to answer, and perplexity is false; set it.")

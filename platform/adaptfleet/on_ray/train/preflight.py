@@ -61,8 +61,7 @@ def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], Non
     try:
         dataset = open_dataset(job.data, fetch)
         if not len(dataset.test):
-            names = ", ".join(entry.source for entry in job.data.sources())
-            raise DataError(f"no row of {names} is held out; raise data.test_fraction or give data.test.")
+            raise DataError(f"no row of {job.data.name()!r} is held out; raise data.test_fraction or give data.test.")
         encoder = Encoder(tokenizer, job.train.pack_tokens, job.train.truncate)
         execute = choose_execution(job.data.preprocess, len(dataset.train) + len(dataset.test), join_cluster)
         tokens = tokenise(dataset, encoder, tokenizer_sha256(folder, tokenizer), execute)

@@ -23,8 +23,6 @@ _CURVES = (
     ("tokens_per_s", "tokens per second", True),
 )
 """Key, title, whether it is noisy."""
-_ROWS_LOOKED_AT = 10_000
-"""Rows whose labels are counted, to say what share is learnt."""
 _TILES = (
     ("train_loss", "training loss"),
     ("eval_loss", "held-out loss"),
@@ -90,18 +88,16 @@ def _sample(sample: Sample) -> str:
 
 def _data_card(folder: RunFolder, job: FinetuneJob, found: dict[str, Any]) -> str:
     train, test = folder.read_rows("train"), folder.read_rows("test")
-    looked_at = train[:_ROWS_LOOKED_AT]
-    learnt = sum(row.num_labels for row in looked_at) / int(looked_at.lengths.sum())
     rows = [
-        ("source", ", ".join(entry.source for entry in job.data.sources())),
-        ("training rows", f"{len(train):,}, {train.lengths.sum():,} tokens, {learnt:.0%} of them in the loss"),
-        ("held-out rows", f"{len(test):,}, {test.lengths.sum():,} tokens"),
+        ("source", job.data.name()),
+        ("training rows", f"{len(train):,}, {train.num_tokens:,} tokens, {train.num_labels:,} of them learnt"),
+        ("held-out rows", f"{len(test):,}, {test.num_tokens:,} tokens"),
         ("training rows equal to an earlier one", f"{found['num_duplicates']:,}"),
         ("tokens of the run", f"{found['num_tokens']:,} in {found['num_steps']:,} updates, packed rows {found['pack_fill']:.0%} full"),
         ("SHA-256 of the rows", found["data_sha256"]),
     ]
     lengths = [("training rows", train), ("held-out rows", test)]
-    return facts(rows) + charts([histogram(f"lengths of {name}", part.lengths.tolist(), "tokens") for name, part in lengths])
+    return facts(rows) + charts([histogram(f"lengths of {name}", part.lengths, "tokens") for name, part in lengths])
 
 
 def _lineage(manifest: Manifest | None, found: dict[str, Any]) -> str:

@@ -88,8 +88,7 @@ class _FinetuneWorker:
         quantized = quantization_config(method, model_dtype(self.job.model)) if isinstance(method, QLora) else None
         base, self.tokenizer, _ = load_base(self.job.model, quantization=quantized)
         if check:
-            longest = int(max(self.rows.lengths.max(), self.test_rows.lengths.max()))
-            longest += getattr(method, "num_virtual_tokens", 0)
+            longest = int(max(self.rows.lengths.max(), self.test_rows.lengths.max())) + getattr(method, "num_virtual_tokens", 0)
             check_packable(base, len(self.tokenizer), self.job.train.pack_tokens, longest)
         self.adaptation = adaptation(method, self.tokenizer)
         return self.adaptation.attach(base, self.job.train.seed)

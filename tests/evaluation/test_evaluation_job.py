@@ -153,7 +153,7 @@ def test_one_version_by_two_names_is_refused(registry: Registry, make_job: Make)
         ({"answers": False, "perplexity": False}, "nothing would be measured"),
         ({"lm_eval": {"tasks": []}}, "tasks is empty"),
         ({"data": {"train": "name-json"}}, "rows and data are both given"),
-        ({"subjects": [{"kind": "endpoint", "url": "ftp://x", "model": "m"}]}, r"subjects\.0\.endpoint\.url"),
+        ({"subjects": [{"kind": "endpoint", "url": "ftp://x", "model": "m"}]}, r"subjects\.0\.url"),
         ({"subjects": [{"kind": "endpoint", "url": "http://x", "model": "m", "modle": 1}]}, "modle: unknown key"),
     ],
 )

@@ -10,6 +10,7 @@ from ray.train.v2.api.config import ScalingConfig  # ray.train's own name is typ
 
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import ClusterSpec, FinetuneJob
+from adaptfleet.on_ray.train.failures import FailureCount
 from adaptfleet.on_ray.train.progress import ProgressTeller
 from adaptfleet.on_ray.train.run_folder import RunFolder
 from adaptfleet.on_ray.train.worker import train_worker
@@ -18,7 +19,8 @@ from adaptfleet.on_ray.train.worker import train_worker
 _WATCHFUL = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    # how long to wait for the place of a lost node before going on with fewer workers
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
 
 
@@ -41,7 +43,8 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
             run_config=RunConfig(
                 name=job.run_name(),
                 storage_path=str(folder.path.parent),
-                failure_config=FailureConfig(max_failures=cluster.max_failures),
+                failure_config=FailureConfig(max_failures=-1),
+                callbacks=[FailureCount(folder.path, cluster.max_failures)],  # type: ignore[list-item]  # typed as the old one
                 checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep),
             ),
         )

@@ -28,19 +28,18 @@ from adaptfleet.core.models.device import memory_per_worker, model_dtype
 from adaptfleet.core.models.loading import load_base
 from adaptfleet.core.packed_forward import check_packable
 from adaptfleet.core.sharding import choose_placement, shard
+from adaptfleet.on_ray.train.failures import PreemptedError
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
 from adaptfleet.on_ray.train.run_folder import RunFolder
 from adaptfleet.on_ray.train.samples import write_after, write_before
 from adaptfleet.on_ray.train.tracking import open_trackers
 
 
-class PreemptedError(Exception):
-    """Ends a worker at a preemption notice, its state saved: Ray Train starts the run again on the nodes that stay."""
-
-
 def train_worker(config: dict[str, Any]) -> None:
     """Runs on each worker. An error of contract or data ends the run; any other is a fault, which Ray Train answers by a restart."""
     folder = RunFolder(Path(config["folder"]))
+    if folder.read_json("failure.json") is not None:
+        return
     try:
         _FinetuneWorker(FinetuneJob.model_validate_json(config["job"], strict=False), folder, config["num_cpus"]).run()
     except AdaptfleetError as error:

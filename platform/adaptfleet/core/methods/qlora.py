@@ -25,10 +25,10 @@ class QLoraAdaptation(Adaptation):
         resolve_low_rank_targets(model, self.method.targets, self.method.rank)
 
     def attach(self, model: PreTrainedModel, seed: int) -> PeftModel:
-        for module in model.modules():
-            if _is_quantized(module):
-                # In evaluation bitsandbytes would repack the weights for AVX512, its scales rounded to bfloat16: another model than was trained
-                module.support_avx512bf16_for_cpu = False
+        layers: list[Any] = [module for module in model.modules() if _is_quantized(module)]
+        for layer in layers:
+            # bitsandbytes would repack the weights in evaluation, with scales in bfloat16: another model than was trained
+            layer.support_avx512bf16_for_cpu = False
         return attach_seeded(model, lora_config(model, self.method), seed)
 
     def merged(self, model: AdaptedModel) -> PreTrainedModel:

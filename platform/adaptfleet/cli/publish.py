@@ -49,9 +49,10 @@ def publish_folder(job: PublishJob) -> Manifest:
     base, revision, method = None, None, None
     if job.base is not None:
         from adaptfleet.core.models.loading import base_revision, resolve_model_folder
+        from adaptfleet.on_ray.published_models import at_hand
 
         method = _method(folder)
-        base, revision = ServingSpec(model=job.base).base_id(), base_revision(resolve_model_folder(job.base))
+        base, revision = ServingSpec(model=job.base).base_id(), base_revision(resolve_model_folder(at_hand(job.base)))
     draft = Draft(kind=job.kind, name=job.name, base=base, base_revision=revision, method=method, parents=job.parents, metrics=job.metrics)
     return Registry.open().publish(draft, folder, job.alias)
 

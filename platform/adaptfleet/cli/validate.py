@@ -47,13 +47,14 @@ def validate_job(job: FinetuneJob) -> "Validation":
     from adaptfleet.core.data.token_cache import Encoder
     from adaptfleet.core.data.validation import validate
     from adaptfleet.core.models.loading import load_tokenizer, resolve_model_folder
+    from adaptfleet.on_ray.published_models import at_hand
     from adaptfleet.store.registry import Registry
 
     def fetch(reference: str) -> Path:
         registry = Registry.open()
         return registry.fetch(registry.resolve(reference), home() / "cache" / "artifacts")
 
-    tokenizer = load_tokenizer(resolve_model_folder(job.model), job.model.trust_remote_code)
+    tokenizer = load_tokenizer(resolve_model_folder(at_hand(job.model)), job.model.trust_remote_code)
     return validate(job.data, Encoder(tokenizer, job.train.pack_tokens, job.train.truncate), fetch)
 
 

@@ -34,4 +34,4 @@ class ServingSpec(Spec):
     """Passed to vLLM as they are, by vLLM's own names (`tensor_parallel_size: 2`). The one escape hatch."""
 
     def base_id(self) -> str:
-        return self.served_name or self.model.source.rstrip("/").rsplit("/", 1)[-1].lower()
+        return self.served_name or self.model.source.rstrip("/").rsplit("/", 1)[-1].partition("@")[0].lower()

@@ -31,7 +31,8 @@ def resolve_model_folder(spec: ModelSpec) -> Path:
         return _complete(folder.absolute())
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ModelError(
-            f"model.source {source!r} is no folder, no hub id (org/model) and no embedded model (there are {', '.join(EMBEDDED_MODELS)})."
+            f"model.source {source!r} is no folder, no hub id (org/model), no published model and no embedded one "
+            f"(there are {', '.join(EMBEDDED_MODELS)})."
         )
     try:
         return _complete(Path(snapshot_download(source, allow_patterns=_HUB_FILES)))

@@ -12,6 +12,7 @@ from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.core.methods.bottleneck import CONFIG as BOTTLENECK_CONFIG
 from adaptfleet.core.models.loading import base_revision, resolve_model_folder
 from adaptfleet.on_ray.evaluate.endpoint import check_endpoint
+from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.store.registry import Registry
 
 
@@ -51,6 +52,7 @@ def resolve_subjects(job: EvaluateJob, registry: Registry) -> list[Resolved]:
 
 
 def _resolve(subject: Subject, base: ModelSpec, registry: Registry) -> Resolved:
+    base = at_hand(base, registry)
     match subject:
         case BaseSubject():
             resolve_model_folder(base)

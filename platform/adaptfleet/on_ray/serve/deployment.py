@@ -28,10 +28,11 @@ class Endpoint:
     async def __init__(self, spec: ServingSpec, num_cpus: int) -> None:  # type: ignore[misc]
         from adaptfleet.core.models.device import device, model_dtype
         from adaptfleet.core.models.loading import base_revision, resolve_model_folder
+        from adaptfleet.on_ray.published_models import at_hand
         from adaptfleet.on_ray.serve.engine import parse, set_environment, start_engine
 
         self._spec = spec
-        self._folder = folder = await asyncio.to_thread(resolve_model_folder, spec.model)
+        self._folder = folder = await asyncio.to_thread(lambda: resolve_model_folder(at_hand(spec.model)))
         self._revision = await asyncio.to_thread(base_revision, folder)
         set_environment(spec, num_cpus, device().type)
         self._arguments = parse(argv(spec, folder, str(model_dtype(spec.model)).removeprefix("torch.")))

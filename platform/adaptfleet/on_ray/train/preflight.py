@@ -23,6 +23,7 @@ from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.models.loading import base_revision, load_tokenizer, resolve_model_folder
 from adaptfleet.core.steps import StepPlan, plan_steps
 from adaptfleet.on_ray.data.execution import choose_execution
+from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.store.registry import Registry
 
 
@@ -48,7 +49,7 @@ def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], Non
     base_id = ServingSpec(model=job.model).base_id()
     if job.publish and job.publish.name == base_id:
         offenders.append(ContractError(f"publish.name is {base_id!r}, the base's own id on the endpoint; give the adapter another name."))
-    folder = resolve_model_folder(job.model)
+    folder = resolve_model_folder(at_hand(job.model, registry))
     tokenizer = load_tokenizer(folder, job.model.trust_remote_code)
     try:
         _check_method(folder, job)

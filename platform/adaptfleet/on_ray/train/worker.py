@@ -28,6 +28,7 @@ from adaptfleet.core.models.device import memory_per_worker, model_dtype
 from adaptfleet.core.models.loading import load_base
 from adaptfleet.core.packed_forward import check_packable
 from adaptfleet.core.sharding import choose_placement, shard
+from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.on_ray.train.failures import PreemptedError
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
 from adaptfleet.on_ray.train.run_folder import RunFolder
@@ -85,7 +86,7 @@ class _FinetuneWorker:
     def _adapted(self, check: bool = False) -> AdaptedModel:
         method = self.job.method
         quantized = quantization_config(method, model_dtype(self.job.model)) if isinstance(method, QLora) else None
-        base, self.tokenizer, _ = load_base(self.job.model, quantization=quantized)
+        base, self.tokenizer, _ = load_base(at_hand(self.job.model), quantization=quantized)
         if check:
             longest = int(max(self.rows.lengths.max(), self.test_rows.lengths.max())) + getattr(method, "num_virtual_tokens", 0)
             check_packable(base, len(self.tokenizer), self.job.train.pack_tokens, longest)

@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart serve stop check test test-slow test-all bench bench-train bench-serve clean
+.PHONY: help setup doctor quickstart serve stop check test test-slow test-all bench bench-train bench-elastic bench-serve clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -48,6 +48,9 @@ bench: setup  ## every benchmark, into bench/results/*.json
 
 bench-train: setup  ## training: tokens/s, memory and loss against TRL
 	$(BIN)/python bench/train.py
+
+bench-elastic: setup  ## training: what kills, preemptions and joining nodes cost
+	$(BIN)/python bench/elastic.py
 
 bench-serve: setup  ## serving: throughput of mixed adapters against no adapter and stock vLLM
 	$(BIN)/python bench/serve.py

@@ -8,6 +8,7 @@ from pathlib import Path
 from adaptfleet.on_ray.train.tracking import Tracker
 
 _TORN = 2**62
+_TIMES = ("at", "stopped_at")
 log = logging.getLogger(__name__)
 
 
@@ -25,6 +26,8 @@ class MetricsLog:
         kept = [line for line in lines if _step(line) <= step or '"kind": "start"' in line]
         self.num_redone = len({_step(line) for line in lines} - {_step(line) for line in kept} - {_TORN})
         """Steps that had been made and come again."""
+        self.stopped_at = max((_at(line) for line in lines), default=0.0)
+        """When the last of them was made, in seconds since 1970; 0: this is the first beginning."""
         unfinished = self._file.with_suffix(".unfinished")
         unfinished.write_text("".join(f"{line}\n" for line in kept))
         unfinished.replace(self._file)
@@ -33,9 +36,11 @@ class MetricsLog:
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         with self._file.open("a") as lines:
             lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for tracker in list(self._trackers):
+        # trackers keep the time themselves
+        curves = {key: value for key, value in values.items() if key not in _TIMES}
+        for tracker in list(self._trackers) if kind != "start" else ():
             try:
-                tracker.write(kind, step, values)
+                tracker.write(kind, step, curves)
             except Exception:
                 log.warning("%s took no more numbers after step %d and is left out", type(tracker).__name__, step - 1, exc_info=True)
                 self._trackers.remove(tracker)
@@ -46,6 +51,13 @@ class MetricsLog:
                 tracker.close()
             except Exception:
                 log.warning("%s did not end its run", type(tracker).__name__, exc_info=True)
+
+
+def _at(line: str) -> float:
+    try:
+        return float(json.loads(line)["at"])
+    except (ValueError, KeyError):
+        return 0.0
 
 
 def _step(line: str) -> int:

@@ -105,7 +105,8 @@ class _FinetuneWorker:
         if self.is_first:
             trackers = open_trackers(self.job, self.folder.path, self.trainer.step)
             log = MetricsLog(self.folder.path, self.trainer.step, trackers)
-            log.write("start", self.trainer.step, {"num_workers": self.num_workers, "redone": log.num_redone, "at": time.time()})
+            cost = {"redone": log.num_redone, "stopped_at": log.stopped_at, "at": time.time()}
+            log.write("start", self.trainer.step, {"num_workers": self.num_workers, **cost})
         evaluated = {round(num_steps * (i + 1) / self.job.evaluation.times) for i in range(self.job.evaluation.times)}
         reason = f"{self.compile_reason}; {self.placement.mode}: {self.placement.reason}"
         self._say(phase="training", compiled=self.compiled, compile_reason=reason)

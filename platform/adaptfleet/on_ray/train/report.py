@@ -90,7 +90,7 @@ def _data_card(folder: RunFolder, job: FinetuneJob, found: dict[str, Any]) -> st
     train, test = folder.read_rows("train"), folder.read_rows("test")
     rows = [
         ("source", job.data.name()),
-        ("training rows", f"{len(train):,}, {train.num_tokens:,} tokens, {train.num_labels:,} of them learnt"),
+        ("training rows", f"{len(train):,}, {train.num_tokens:,} tokens, {train.num_labels:,} of them in the loss"),
         ("held-out rows", f"{len(test):,}, {test.num_tokens:,} tokens"),
         ("training rows equal to an earlier one", f"{found['num_duplicates']:,}"),
         ("tokens of the run", f"{found['num_tokens']:,} in {found['num_steps']:,} updates, packed rows {found['pack_fill']:.0%} full"),

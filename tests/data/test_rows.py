@@ -69,7 +69,10 @@ def chat(*roles_and_contents: object) -> dict[str, object]:
         ([1], "holds a list, not an object"),
         ({}, "has no content"),
         ({"id": 1}, "has no content"),
-        ({"mesages": []}, "unknown key 'mesages'. Did you mean 'messages'? Allowed: completion, messages, prompt, text, and id, metadata."),
+        (
+            {"mesages": []},
+            "unknown key 'mesages'. Did you mean 'messages'? Allowed: chosen, completion, messages, prompt, rejected, text, and id, metadata.",
+        ),
         ({"prompt": "a"}, "has the key 'prompt', but a row has"),
         ({"text": "a", "prompt": "b", "completion": "c"}, "has the keys 'completion', 'prompt', 'text', but"),
         ({"prompt": "a", "completion": "  "}, "completion is empty"),

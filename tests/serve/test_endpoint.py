@@ -71,6 +71,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         os.environ.pop(name, None)
     os.environ["ADAPTFLEET_HOME"] = str(root / "home")
     import ray
+    from ray._raylet import AuthenticationTokenLoader
 
     from adaptfleet.core.models.loading import base_revision
     from adaptfleet.on_ray.local_cluster import LocalCluster
@@ -90,6 +91,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     try:
         with LocalCluster.start(num_cpus=2, logs_to=root / "logs") as cluster:
             os.environ.update(cluster.env)
+            # Ray reads a process's token once; a test before these may have joined the shared cluster with another
+            AuthenticationTokenLoader.instance().reset_cache()
             try:
                 url = deploy(spec, port=_free_port())
                 made = Endpoint(url, first_key(), root, base, base_revision(base))
@@ -102,6 +105,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _free_port() -> int:

@@ -132,6 +132,22 @@ def test_two_workers_have_the_losses_of_one(undisturbed: Job, contract: Callable
     assert max(abs(one[s] - two[s]) / one[s] for s in list(one)[:5]) < 1e-5
 
 
+def test_preferences_are_learnt_and_published(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
+    file = tmp_path / "preferences.jsonl"
+    rows = [{"prompt": f"{a}+{b}", "chosen": str(a + b), "rejected": f"about {a + b + 1}"} for a in range(8) for b in range(8)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = contract(
+        "preferences", data={"train": str(file)}, train={"pack_tokens": 128, "epochs": 4}, objective={"kind": "dpo", "beta": 0.5}
+    )
+    result = run(job, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    manifest = Registry.open().resolve("preferences")
+    assert manifest.metrics["preference_accuracy"] > 0.9 and manifest.metrics["eval_loss"] < 0.5
+    assert losses(job)[1] == pytest.approx(0.6931, abs=1e-3)
+    supervised = run(contract("supervised", data={"train": str(file)}), tmp_path)
+    assert supervised.returncode == 2 and "takes objective.kind dpo or orpo" in supervised.stderr
+
+
 def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
     job = contract("sums-worker-killed")
     with subprocess.Popen(

@@ -38,9 +38,9 @@ def make_trainer(method: str, mode: str, num_workers: int, compiled: bool = Fals
     model = adapted.attach(make_model("llama"), 0)
     if compiled:
         compile_layers(model)
-    loss_of = shard(model, num_workers) if mode == "fsdp2" else None
+    call = shard(model, num_workers) if mode == "fsdp2" else None
     data = rows()
-    return Trainer(model, adapted, train, plan_steps(data, train), data, 0, loss_of)
+    return Trainer(model, adapted, train, plan_steps(data, train), data, 0, call=call)
 
 
 def work(rank: int, num_workers: int, folder: Path, method: str, mode: str, stop: int, compiled: bool) -> None:
@@ -58,7 +58,7 @@ def work(rank: int, num_workers: int, folder: Path, method: str, mode: str, stop
         losses.append(result.loss)
         if result.step == stop:
             break
-    held_out = held_out_loss(trainer.model, rows(6), 64, 0, trainer.loss_of).loss
+    held_out = held_out_loss(trainer.model, rows(6), 64, 0, trainer.call).loss
     state = trainer.state()
     if rank == 0 or mode == "fsdp2":
         write_checkpoint(folder / f"checkpoint-{stop}", state, {"step": stop}, rank)

@@ -9,6 +9,7 @@ from adaptfleet.contracts.data import DataSpec
 from adaptfleet.contracts.methods import Lora, Method, ServedAs
 from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.contracts.names import DEFAULT_ALIAS, SafeAlias, SafeName
+from adaptfleet.contracts.objectives import Dpo, Objective, Sft
 from adaptfleet.contracts.tracking import TrackingSpec
 
 
@@ -113,6 +114,7 @@ class FinetuneJob(Spec):
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
     method: Method = Lora()
+    objective: Objective = Sft()
     train: TrainSpec = TrainSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
@@ -138,6 +140,16 @@ class FinetuneJob(Spec):
             raise ValueError(
                 f"method.kind {self.method.kind!r} cannot be published: {self.method.why_unserved()}. "
                 "Write publish: null to train and evaluate it, or use lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dpo_has_its_reference(self) -> "FinetuneJob":
+        changes_the_base = self.method.kind in ("full", "bottleneck", "llama-adapter") or getattr(self.method, "init", None) == "pissa"
+        if isinstance(self.objective, Dpo) and changes_the_base:
+            raise ValueError(
+                f"objective.kind 'dpo' measures against the base with the method switched off, which {self.method.kind!r} "
+                f"{'with init pissa ' if self.method.kind == 'lora' else ''}cannot be; use plain lora, or objective.kind 'orpo'"
             )
         return self
 

@@ -1,9 +1,8 @@
 """The training loop: packed rows, one update a step, the same losses for any number of workers. Knows nothing of Ray."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,8 +14,9 @@ from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.packing import Pack, pack_arrays
 from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.methods.adaptation import Adaptation, AdaptedModel
+from adaptfleet.core.objectives import Objective
 from adaptfleet.core.optimizer import MasterAdamW
-from adaptfleet.core.packed_forward import PackedBatch, summed_loss
+from adaptfleet.core.packed_forward import Call, PackedBatch
 from adaptfleet.core.schedule import warmup_cosine
 from adaptfleet.core.steps import StepPlan
 
@@ -29,7 +29,7 @@ class StepResult:
     step: int
     """From 1: the number of updates made."""
     loss: float
-    """Mean cross-entropy of the step's labelled tokens over all workers, in nats."""
+    """The objective's mean over all workers: for supervised fine-tuning the cross-entropy of a labelled token, in nats."""
     learning_rate: float
     grad_norm: float
     num_tokens: int
@@ -48,16 +48,19 @@ class Trainer:
         plan: StepPlan,
         rows: Rows | list[Encoded],
         pad_id: int,
-        loss_of: Callable[[PackedBatch], torch.Tensor] | None = None,
+        objective: Objective | None = None,
+        call: Call | None = None,
     ) -> None:
-        """`loss_of` gives a batch's summed loss; None: `summed_loss` of the model."""
+        """`objective`: None means supervised fine-tuning. `call` calls a function of the model and a batch: `shard` gives one where the
+        parameters must be gathered for it."""
         self.model = model
         self.adaptation = adaptation
         self.train = train
         self.plan = plan
         self.rows = rows
         self.pad_id = pad_id
-        self.loss_of = loss_of or partial(summed_loss, model)
+        self.objective = objective or Objective()
+        self.call = call or (lambda function, batch: function(model, batch))
         self.optimizer = MasterAdamW(model, train.weight_decay)
         self.step = 0
         self.rank, self.num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -81,14 +84,14 @@ class Trainer:
 
     def _update(self) -> StepResult:
         packs = self.plan.steps[self.step]
-        # Known to every worker without a message: the mean is over the step's labels, not over each worker's.
-        num_labels = sum(self.rows[i].num_labels for pack in packs for i in pack.indices)
+        # Known to every worker without a message: the mean is over the step's labels (or pairs), not over each worker's.
+        num_units = self.objective.num_units(self.rows[i] for pack in packs for i in pack.indices)
         # Dropout draws anew each step, and a resumed step draws what the first try drew.
         torch.manual_seed(hash((self.train.seed, self.step, self.rank)))
         total = torch.zeros(())
         for batch in self._passes():
-            summed = self.loss_of(batch)
-            (summed / num_labels).backward()
+            summed = self.call(self.objective.summed_loss, batch)
+            (summed / num_units).backward()
             total += summed.detach().cpu()
         penalty = self.adaptation.penalty(self.model)
         if penalty is not None:
@@ -96,7 +99,7 @@ class Trainer:
             (penalty / self.num_workers).backward()
         if self.num_workers > 1:
             total = self._sum_over_workers(total)
-        loss = float(total) / num_labels
+        loss = float(total) / num_units
         if not math.isfinite(loss):
             first = packs[0].indices[:5]
             raise TrainingError(

@@ -52,3 +52,34 @@ def summed_cross_entropy(
         part = slice(begin, begin + CHUNK_POSITIONS)
         total += F.cross_entropy(F.linear(hidden_ND[part], weight_VD, bias_V).float(), labels_N[part], reduction="sum")
     return total
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """Log probabilities of single tokens. The logits are made once more in the backward pass, so they never stay."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor):
+        log_probs_N = hidden_ND.new_empty(len(labels_N), dtype=torch.float32)
+        for begin in range(0, len(labels_N), CHUNK_POSITIONS):
+            part = slice(begin, begin + CHUNK_POSITIONS)
+            logits_CV = F.linear(hidden_ND[part], weight_VD, bias_V).float()
+            log_probs_N[part] = logits_CV.gather(1, labels_N[part][:, None]).squeeze(1) - torch.logsumexp(logits_CV, dim=-1)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N)
+        return log_probs_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor):
+        hidden_ND, weight_VD, bias_V, labels_N = ctx.saved_tensors
+        grad_ND = torch.empty_like(hidden_ND)
+        for begin in range(0, len(labels_N), CHUNK_POSITIONS):
+            part = slice(begin, begin + CHUNK_POSITIONS)
+            probs_CV = F.linear(hidden_ND[part], weight_VD, bias_V).float().softmax(dim=-1).neg_()
+            # d log p / d logits = one-hot - softmax
+            probs_CV[torch.arange(len(probs_CV), device=labels_N.device), labels_N[part]] += 1.0
+            grad_ND[part] = (probs_CV * grads[0][part][:, None]).to(weight_VD.dtype) @ weight_VD
+        return grad_ND, None, None, None
+
+
+def token_log_probs(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor) -> torch.Tensor:
+    """[N] log softmax(hidden W^T + b)[label] in nats, float32. The head (W, b) is frozen and gets no gradient."""
+    return _ChunkedLogProbs.apply(hidden_ND, weight_VD, bias_V, labels_N)

@@ -1,5 +1,6 @@
 """The one call that training and its evaluation make: packed rows in, summed loss out. Shapes: B rows, T tokens, N labelled positions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,10 @@ class PackedBatch:
     @property
     def num_labels(self) -> int:
         return int(self.label_mask_BT[:, 1:].sum())
+
+
+Call = Callable[[Callable[[Any, PackedBatch], Any], PackedBatch], Any]
+"""Calls a function of the model and a batch, with all of the model's parameters at hand."""
 
 
 def segment_mask(segment_ids_BT: torch.Tensor, dtype: torch.dtype, num_seen_by_all: int = 0) -> torch.Tensor:

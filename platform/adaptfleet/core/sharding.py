@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from adaptfleet.contracts.jobs import ShardMode
 from adaptfleet.core.compilation import decoder_layers
 from adaptfleet.core.methods.adaptation import AdaptedModel
-from adaptfleet.core.packed_forward import PackedBatch, plain_base, summed_loss
+from adaptfleet.core.packed_forward import Call, PackedBatch, plain_base
 
 _OPTIMIZER_BYTES = 12
 """AdamW's float32 weight and two moments, for a trained parameter."""
@@ -46,8 +47,8 @@ def choose_placement(mode: ShardMode, num_workers: int, num_parameters: int, num
     )
 
 
-def shard(model: AdaptedModel, num_workers: int) -> Callable[[PackedBatch], torch.Tensor]:
-    """Shards every decoder layer, and what is around them, with FSDP2. Returns the call that gives a batch's summed loss.
+def shard(model: AdaptedModel, num_workers: int) -> Call:
+    """Shards every decoder layer, and what is around them, with FSDP2. Returns the way to call the sharded model on packed rows.
 
     Gradients of sharded parameters are summed over the workers in float32.
     """
@@ -62,10 +63,10 @@ def shard(model: AdaptedModel, num_workers: int) -> Callable[[PackedBatch], torc
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
-    # FSDP gathers a module's parameters around its forward methods; ours is one of them, for it skips the model's own logits
-    def packed_loss(_: nn.Module, batch: PackedBatch) -> torch.Tensor:
-        return summed_loss(model, batch)
+    # FSDP gathers a module's parameters around its forward methods; this is one of them, for ours skip the model's own logits
+    def packed(_: nn.Module, function: Callable[[AdaptedModel, PackedBatch], Any], batch: PackedBatch) -> Any:
+        return function(model, batch)
 
-    base.packed_loss = MethodType(packed_loss, base)  # type: ignore[assignment]
-    register_fsdp_forward_method(base, "packed_loss")
-    return base.packed_loss  # type: ignore[return-value]
+    base.packed = MethodType(packed, base)  # type: ignore[assignment]
+    register_fsdp_forward_method(base, "packed")
+    return base.packed  # type: ignore[return-value]

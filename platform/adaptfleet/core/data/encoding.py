@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adaptfleet.contracts.errors import DataError, ModelError
-from adaptfleet.core.data.examples import Example
+from adaptfleet.core.data.examples import Example, Message
 from adaptfleet.core.data.listing import Listing, rows
 from adaptfleet.core.data.rendering import (
     ControlTokenError,
@@ -29,6 +29,8 @@ class Encoded:
 
     input_ids: list[int]
     label_mask: list[bool]
+    split: int = 0
+    """Of a preference: where the rejected answer's own copy of the prompt begins, after the chosen one. 0: one example alone."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -118,6 +120,8 @@ def encode_all(examples: Sequence[Example], tokenizer: Any, max_tokens: int, tru
 
 def encode_block(examples: Sequence[Example], tokenizer: Any, max_tokens: int, truncate: bool = False) -> EncodedBlock:
     """What `encode_all` does, with the unusable rows as a value: blocks of a large set are encoded apart and reported together."""
+    if any(example.rejected is not None for example in examples):
+        return _encode_preferences(examples, tokenizer, max_tokens, truncate)
     faults = Faults(num_rows=len(examples))
     _check_tokenizer(examples, tokenizer)
     controls = control_tokens(tokenizer)
@@ -143,6 +147,31 @@ def encode_block(examples: Sequence[Example], tokenizer: Any, max_tokens: int, t
         if i not in melted:
             _within(example, row, max_tokens, truncate, good, faults)
     return EncodedBlock(good, faults, [example.origin for example in usable], [len(row) for row in encoded])
+
+
+def _encode_preferences(examples: Sequence[Example], tokenizer: Any, max_tokens: int, truncate: bool) -> EncodedBlock:
+    """Each row as its chosen and its rejected conversation, one after the other; either may have half of the tokens."""
+    plain = [replace(example, rejected=None, origin=_name(example, i)) for i, example in enumerate(examples)]
+    worse = [
+        replace(example, messages=(*example.prompt, Message("assistant", original.rejected)))
+        for example, original in zip(plain, examples, strict=True)
+        if original.rejected is not None
+    ]
+    chosen, rejected = (encode_block(side, tokenizer, max_tokens // 2, truncate) for side in (plain, worse))
+    faults = chosen.faults
+    faults.merge(rejected.faults)
+    faults.num_rows = len(examples)
+    faults.longest *= 2
+    if len(worse) < len(examples):
+        mixed = next(example for example in examples if example.rejected is None)
+        faults.unusable.add(f"{_name(mixed, 0)}: has no rejected answer, but other rows of the file have one; keep the two apart.")
+    if not len(chosen.rows) == len(rejected.rows) == len(examples):
+        return EncodedBlock([], faults, chosen.names, [2 * length for length in chosen.lengths])
+    pairs = [
+        Encoded([*a.input_ids, *b.input_ids], [*a.label_mask, *b.label_mask], split=len(a))
+        for a, b in zip(chosen.rows, rejected.rows, strict=True)
+    ]
+    return EncodedBlock(pairs, faults, chosen.names, [a + b for a, b in zip(chosen.lengths, rejected.lengths, strict=True)])
 
 
 def encode_prompt(example: Example, tokenizer: Any) -> list[int]:

@@ -15,13 +15,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation that ends with an assistant's answer, or a plain text."""
+    """A conversation that ends with an assistant's answer, perhaps with a worse one beside it, or a plain text."""
 
     messages: tuple[Message, ...] = ()
     """Empty for a `text` row."""
     text: str | None = None
     plain: bool = False
     """The row was `prompt` and `completion`, which a tokenizer without a chat template may join as they are."""
+    rejected: str | None = None
+    """The answer that is not preferred to the last message; None: the row is no preference."""
     origin: str = field(default="", compare=False)
     """File and line, for error messages."""
 
@@ -45,6 +47,9 @@ class Example:
         """The row `rows.read_rows` reads back."""
         if self.text is not None:
             return {"text": self.text}
+        if self.rejected is not None:
+            prompt = self.messages[0].content if self.plain else [{"role": m.role, "content": m.content} for m in self.prompt]
+            return {"prompt": prompt, "chosen": self.messages[-1].content, "rejected": self.rejected}
         if self.plain:
             return {"prompt": self.messages[0].content, "completion": self.messages[1].content}
         return {"messages": [{"role": m.role, "content": m.content} for m in self.messages]}

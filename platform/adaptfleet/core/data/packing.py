@@ -4,6 +4,7 @@ Packs are planned from the epoch's order before any worker takes its share: the 
 """
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -111,7 +112,7 @@ def pack_arrays(
     input_ids_T     int64, padded at the end with `pad_id`
     position_ids_T  int64, from 0 in each example and in the padding: this is how attention tells the examples apart
     label_mask_T    bool, True where the token is one to predict (from the token before it, which is of the same example); False in padding
-    segment_ids_T   int64, from 0, one number an example; the padding is a segment of its own
+    segment_ids_T   int64, from 0, one number an example, two a preference (chosen, then rejected); the padding is a segment of its own
     """
     examples = [encoded[i] for i in pack.indices]
     num_tokens = sum(len(e) for e in examples)
@@ -120,14 +121,18 @@ def pack_arrays(
     input_ids_T = np.full(pack_tokens, pad_id, dtype=np.int64)
     position_ids_T = np.empty(pack_tokens, dtype=np.int64)
     label_mask_T = np.zeros(pack_tokens, dtype=np.bool_)
-    segment_ids_T = np.full(pack_tokens, len(examples), dtype=np.int64)
-    start = 0
-    for segment, example in enumerate(examples):
+    segment_ids_T = np.empty(pack_tokens, dtype=np.int64)
+    start = segment = 0
+    for example in examples:
         end = start + len(example)
         input_ids_T[start:end] = example.input_ids
-        position_ids_T[start:end] = np.arange(len(example))
         label_mask_T[start:end] = example.label_mask
-        segment_ids_T[start:end] = segment
+        places = [start, start + example.split, end] if example.split else [start, end]
+        for first, past in itertools.pairwise(places):
+            position_ids_T[first:past] = np.arange(past - first)
+            segment_ids_T[first:past] = segment
+            segment += 1
         start = end
+    segment_ids_T[start:] = segment
     position_ids_T[start:] = np.arange(pack_tokens - start)
     return {"input_ids_T": input_ids_T, "position_ids_T": position_ids_T, "label_mask_T": label_mask_T, "segment_ids_T": segment_ids_T}

@@ -1,10 +1,11 @@
 """One row as an example, or the reason why it is none.
 
-Three forms, told apart by their keys:
+Four forms, told apart by their keys:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "..."}
     {"text": "..."}
+    {"prompt": "...", "chosen": "...", "rejected": "..."}      the prompt may be a list of messages
 """
 
 import json
@@ -15,9 +16,9 @@ from adaptfleet.core.data.examples import Example, Message
 
 HARMLESS_KEYS = frozenset({"id", "metadata"})
 """Keys of a row that are read by nobody here and that may stand there."""
-FORMS = (frozenset({"messages"}), frozenset({"prompt", "completion"}), frozenset({"text"}))
+FORMS = (frozenset({"messages"}), frozenset({"prompt", "completion"}), frozenset({"text"}), frozenset({"prompt", "chosen", "rejected"}))
 _FORM_KEYS = sorted(frozenset().union(*FORMS))
-WAYS = "a row has `messages`, or `prompt` and `completion`, or `text`"
+WAYS = "a row has `messages`, or `prompt` and `completion`, or `text`, or `prompt`, `chosen` and `rejected`"
 
 Fault = Literal["json", "form", "roles", "empty", "tools"]
 
@@ -48,8 +49,30 @@ def parse_row(row: Any, origin: str = "") -> Example:
         return Example(text=_content(row["text"], "text"), origin=origin)
     if "messages" in row:
         return Example(_messages(row["messages"]), origin=origin)
+    if "chosen" in row:
+        return _preference(row, origin)
     prompt, completion = _content(row["prompt"], "prompt"), _content(row["completion"], "completion")
     return Example((Message("user", prompt), Message("assistant", completion)), plain=True, origin=origin)
+
+
+def _preference(row: dict[str, Any], origin: str) -> Example:
+    chosen, rejected = _answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")
+    if chosen == rejected:
+        raise BadRowError("chosen and rejected are the same answer, so nothing is preferred.")
+    last = Message("assistant", chosen)
+    if isinstance(row["prompt"], list):
+        return Example(_messages([*row["prompt"], {"role": "assistant", "content": chosen}]), rejected=rejected, origin=origin)
+    return Example((Message("user", _content(row["prompt"], "prompt")), last), plain=True, rejected=rejected, origin=origin)
+
+
+def _answer(value: Any, where: str) -> str:
+    """A string, or a list of one assistant message."""
+    if isinstance(value, list) and len(value) == 1:
+        message = _message(value[0], f"{where}[0]")
+        if message.role != "assistant":
+            raise BadRowError(f"{where}[0] is of the role {message.role!r}; it must be the assistant's answer.", "roles")
+        return message.content
+    return _content(value, where)
 
 
 def _messages(value: Any) -> tuple[Message, ...]:

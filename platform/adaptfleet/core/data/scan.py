@@ -13,7 +13,7 @@ from adaptfleet.core.data.files import Span, read_span
 from adaptfleet.core.data.rows import BadRows, examples, read_source
 from adaptfleet.core.data.sources import Source
 
-TEXT, PLAIN, CHAT = range(3)
+TEXT, PLAIN, CHAT, PAIR = range(4)
 _HASHED_TOGETHER = 65_536
 
 
@@ -30,7 +30,7 @@ class Scan:
     prompts_N: npt.NDArray[np.uint64]
     """64 bits of the SHA-256 of the seed and each row's prompt, which are also its place among the rows that may be held out."""
     forms_N: npt.NDArray[np.uint8]
-    """TEXT, PLAIN or CHAT."""
+    """TEXT, PLAIN, CHAT or PAIR (a preference)."""
 
     def __len__(self) -> int:
         return len(self.forms_N)
@@ -59,7 +59,7 @@ def scan(source: Source, seed: int, bad: BadRows) -> Scan:
         for example in span_rows:
             digests += row_sha256(example)[:16]
             prompts += prompt_place(example, seed)
-            forms.append(TEXT if example.text is not None else PLAIN if example.plain else CHAT)
+            forms.append(_form(example))
         spans.append(span)
         starts.append(len(forms))
     return Scan(
@@ -70,6 +70,12 @@ def scan(source: Source, seed: int, bad: BadRows) -> Scan:
         np.frombuffer(prompts, dtype="<u8"),
         np.frombuffer(forms, dtype=np.uint8),
     )
+
+
+def _form(example: Example) -> int:
+    if example.rejected is not None:
+        return PAIR
+    return TEXT if example.text is not None else PLAIN if example.plain else CHAT
 
 
 def row_sha256(example: Example) -> bytes:

@@ -29,7 +29,7 @@ from adaptfleet.core.data.scan import Scan, rows_sha256
 from adaptfleet.core.data.tokens import Rows, TokenFile, file_sha256, record_batch, write_tokens
 
 log = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
 """Raised when the same rows give another file than before."""
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*")
 _STALE_S = 24 * 3600.0

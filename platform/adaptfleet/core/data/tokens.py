@@ -18,7 +18,7 @@ from adaptfleet.core.data.encoding import Encoded
 _RELEASED_AFTER = 256
 """Places read in a file before its mapped pages are given back. The system keeps them in its cache; but they would count as this process's
 memory, 64 KB for each row read at random, until the whole file did."""
-SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "label_mask": pa.list_(pa.bool_())})
+SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "label_mask": pa.list_(pa.bool_()), "split": pa.int32()})
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class TokenRow:
 
     input_ids: npt.NDArray[np.int32]
     label_mask: npt.NDArray[np.bool_]
+    split: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -37,7 +38,7 @@ class TokenRow:
 
 
 def record_batch(encoded: Sequence[Encoded]) -> pa.RecordBatch:
-    columns = [[row.input_ids for row in encoded], [row.label_mask for row in encoded]]
+    columns = [[row.input_ids for row in encoded], [row.label_mask for row in encoded], [row.split for row in encoded]]
     return pa.record_batch([pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
 
 
@@ -65,15 +66,17 @@ class _Batch:
     """The buffers of a record batch, as arrays over the mapped file."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        ids, masks = batch.column(0), batch.column(1)
+        ids, masks, splits = batch.columns
         self.starts = np.frombuffer(ids.buffers()[1], dtype=np.int32, count=batch.num_rows + 1)
         self._ids = np.frombuffer(ids.buffers()[3], dtype=np.int32)
         self._bits = np.frombuffer(masks.buffers()[3], dtype=np.uint8)
+        self._splits = np.frombuffer(splits.buffers()[1], dtype=np.int32, count=batch.num_rows)
 
     def row(self, at: int) -> TokenRow:
         start, end = int(self.starts[at]), int(self.starts[at + 1])
         bits = np.unpackbits(self._bits[start // 8 : (end + 7) // 8], bitorder="little")
-        return TokenRow(self._ids[start:end], bits[start % 8 : start % 8 + end - start].view(np.bool_))
+        mask = bits[start % 8 : start % 8 + end - start].view(np.bool_)
+        return TokenRow(self._ids[start:end], mask, int(self._splits[at]))
 
 
 class TokenFile:

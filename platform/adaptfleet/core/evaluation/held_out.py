@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.packing import pack_arrays, plan_packs
 from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.evaluation.answers import AnswerScores, score_answers
-from adaptfleet.core.packed_forward import PackedBatch, num_virtual_tokens, summed_loss
+from adaptfleet.core.methods.adaptation import AdaptedModel
+from adaptfleet.core.objectives import Preference
+from adaptfleet.core.packed_forward import Call, PackedBatch, num_virtual_tokens, summed_loss
 
 GENERATION_ROWS = 32
 """Rows that generate together."""
@@ -34,18 +35,41 @@ def held_out_loss(
     rows: Rows | list[Encoded],
     pack_tokens: int,
     pad_id: int,
-    loss_of: Callable[[PackedBatch], torch.Tensor] | None = None,
+    call: Call | None = None,
 ) -> HeldOutLoss:
-    """Mean cross-entropy in nats over all labelled tokens, and its exponential. `loss_of`: as in training, by default `summed_loss`."""
-    loss_of = loss_of or partial(summed_loss, model)
+    """Mean cross-entropy in nats over all labelled tokens, and its exponential. `call`: as the training loop has it."""
     model.eval()
     total, num_labels = 0.0, 0
     for pack in plan_packs([len(row) for row in rows], pack_tokens, list(range(len(rows)))):
         batch = PackedBatch.stack([pack_arrays(pack, rows, pack_tokens, pad_id)], model.device)
-        total += float(loss_of(batch))
+        total += float(call(summed_loss, batch) if call else summed_loss(model, batch))
         num_labels += batch.num_labels
     loss = total / num_labels
     return HeldOutLoss(loss, math.exp(min(loss, 700.0)), num_labels)
+
+
+@torch.no_grad()
+def held_out_preferences(
+    model: AdaptedModel,
+    preference: Preference,
+    rows: Rows | list[Encoded],
+    pack_tokens: int,
+    pad_id: int,
+    call: Call | None = None,
+) -> dict[str, float]:
+    """Mean loss over the pairs, the share of them whose chosen answer is preferred, and by how much on average."""
+    model.eval()
+    found: list[torch.Tensor] = []
+    for pack in plan_packs([len(row) for row in rows], pack_tokens, list(range(len(rows)))):
+        batch = PackedBatch.stack([pack_arrays(pack, rows, pack_tokens, pad_id)], model.device)
+        measure = preference.losses_and_margins
+        found.append(torch.stack(call(measure, batch) if call else measure(model, batch)))
+    losses_P, margins_P = torch.cat(found, dim=1).float()
+    return {
+        "eval_loss": float(losses_P.mean()),
+        "preference_accuracy": float((margins_P > 0).float().mean()),
+        "preference_margin": float(margins_P.mean()),
+    }
 
 
 @torch.no_grad()

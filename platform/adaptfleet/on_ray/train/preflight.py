@@ -16,11 +16,12 @@ from adaptfleet.core.data.datasets import DatasetIndex, RowNumbers, open_dataset
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.mixture import Mixture
 from adaptfleet.core.data.sample_order import permutation
-from adaptfleet.core.data.scan import TEXT
+from adaptfleet.core.data.scan import PAIR, TEXT
 from adaptfleet.core.data.token_cache import Encoder, tokenise, tokenizer_sha256
 from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.models.loading import base_revision, load_tokenizer, resolve_model_folder
+from adaptfleet.core.objectives import objective
 from adaptfleet.core.steps import StepPlan, plan_steps
 from adaptfleet.on_ray.data.execution import choose_execution
 from adaptfleet.on_ray.published_models import at_hand
@@ -63,6 +64,7 @@ def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], Non
         dataset = open_dataset(job.data, fetch)
         if not len(dataset.test):
             raise DataError(f"no row of {job.data.name()!r} is held out; raise data.test_fraction or give data.test.")
+        _check_forms(dataset, job)
         encoder = Encoder(tokenizer, job.train.pack_tokens, job.train.truncate)
         execute = choose_execution(job.data.preprocess, len(dataset.train) + len(dataset.test), join_cluster)
         tokens = tokenise(dataset, encoder, tokenizer_sha256(folder, tokenizer), execute)
@@ -76,6 +78,19 @@ def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], Non
     examples = _answerable(dataset, dataset.test[shuffled], num_answered)
     plan = plan_steps(train_rows, job.train, Mixture(tuple(map(len, tokens.train_parts)), dataset.weights))
     return Prepared(base_id, base_revision(folder), dataset, train_rows, tokens.rows(tokens.test[shuffled]), examples, plan)
+
+
+def _check_forms(dataset: DatasetIndex, job: FinetuneJob) -> None:
+    """DataError where the objective is for another form of rows."""
+    wants_pairs = objective(job.objective).pairs
+    used = np.concatenate([dataset.train, dataset.test])
+    are_pairs = np.concatenate([scan.forms_N for scan in dataset.scans])[used] == PAIR
+    wrong = used[are_pairs != wants_pairs]
+    if len(wrong):
+        first = dataset.examples_at(wrong[:1])[0].origin
+        what = "have a chosen and a rejected answer, which takes objective.kind dpo or orpo"
+        lacks = f"have no chosen and rejected answer, which objective.kind {job.objective.kind!r} trains on"
+        raise DataError(f"{len(wrong)} of {len(used)} rows (the first: {first}) {lacks if wants_pairs else what}.")
 
 
 def _answerable(dataset: DatasetIndex, numbers: RowNumbers, limit: int) -> list[Example]:

@@ -18,7 +18,7 @@ from adaptfleet.contracts.methods import QLora
 from adaptfleet.core.checkpoint import read_progress, read_tensors, write_checkpoint
 from adaptfleet.core.compilation import compile_layers, should_compile
 from adaptfleet.core.data.examples import Example
-from adaptfleet.core.evaluation.held_out import answer_scores, greedy_answers, held_out_loss
+from adaptfleet.core.evaluation.held_out import answer_scores, greedy_answers, held_out_loss, held_out_preferences
 from adaptfleet.core.export import export_model
 from adaptfleet.core.loop import Trainer
 from adaptfleet.core.methods.adaptation import AdaptedModel
@@ -26,7 +26,8 @@ from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.methods.qlora import quantization_config
 from adaptfleet.core.models.device import memory_per_worker, model_dtype
 from adaptfleet.core.models.loading import load_base
-from adaptfleet.core.packed_forward import check_packable
+from adaptfleet.core.objectives import Preference, objective
+from adaptfleet.core.packed_forward import PackedBatch, check_packable
 from adaptfleet.core.sharding import choose_placement, shard
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.on_ray.train.failures import PreemptedError
@@ -79,9 +80,14 @@ class _FinetuneWorker:
             self.model.dtype.itemsize,
             memory_per_worker(context.get_local_world_size()),
         )
-        loss_of = shard(self.model, self.num_workers) if self.placement.mode == "fsdp2" else None
-        self.is_sharded = loss_of is not None
-        self.trainer = Trainer(self.model, self.adaptation, job.train, self.plan, self.rows, self.tokenizer.pad_token_id, loss_of)
+        self.objective = objective(job.objective)
+        self.is_sharded = self.placement.mode == "fsdp2"
+        self.call = shard(self.model, self.num_workers) if self.is_sharded else self._call
+        pad_id = self.tokenizer.pad_token_id
+        self.trainer = Trainer(self.model, self.adaptation, job.train, self.plan, self.rows, pad_id, self.objective, self.call)
+
+    def _call(self, function: Callable[[AdaptedModel, PackedBatch], Any], batch: PackedBatch) -> Any:
+        return function(self.model, batch)
 
     def _adapted(self, check: bool = False) -> AdaptedModel:
         method = self.job.method
@@ -149,8 +155,7 @@ class _FinetuneWorker:
         all take part."""
         self._say(phase="evaluating")
         with torch.compiler.set_stance("force_eager"):
-            loss = held_out_loss(self.model, self.test_rows, self.plan.pack_tokens, self.tokenizer.pad_token_id, self.trainer.loss_of)
-        values = {"eval_loss": loss.loss, "eval_perplexity": loss.perplexity}
+            values = self._held_out()
         if self.examples:
             self.answers = self._answer(self.examples)
             values |= answer_scores(self.answers, self.examples).metrics()
@@ -158,6 +163,13 @@ class _FinetuneWorker:
             log.write("evaluation", self.trainer.step, values)
             self.folder.write_json("evaluation.json", {"step": self.trainer.step, **values})
         return values
+
+    def _held_out(self) -> dict[str, float]:
+        sizes = self.plan.pack_tokens, self.tokenizer.pad_token_id
+        if isinstance(self.objective, Preference):
+            return held_out_preferences(self.model, self.objective, self.test_rows, *sizes, self.call)
+        loss = held_out_loss(self.model, self.test_rows, *sizes, self.call)
+        return {"eval_loss": loss.loss, "eval_perplexity": loss.perplexity}
 
     def _answer(self, examples: list[Example]) -> list[str]:
         def tell(done: int) -> None:

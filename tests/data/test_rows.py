@@ -71,7 +71,8 @@ def chat(*roles_and_contents: object) -> dict[str, object]:
         ({"id": 1}, "has no content"),
         (
             {"mesages": []},
-            "unknown key 'mesages'. Did you mean 'messages'? Allowed: chosen, completion, messages, prompt, rejected, text, and id, metadata.",
+            "unknown key 'mesages'. Did you mean 'messages'? "
+            "Allowed: chosen, completion, messages, prompt, rejected, text, and id, metadata.",
         ),
         ({"prompt": "a"}, "has the key 'prompt', but a row has"),
         ({"text": "a", "prompt": "b", "completion": "c"}, "has the keys 'completion', 'prompt', 'text', but"),

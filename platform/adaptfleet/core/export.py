@@ -45,9 +45,8 @@ def write_lora(
 def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A checkpoint that transformers and vLLM load: weights, config and tokenizer."""
     model.config.use_cache = True
-    # set for training by whoever loaded it, or by a hub's generation_config that does not pass its own check
-    model.generation_config.do_sample = (
-        True if model.generation_config.temperature not in (None, 1.0) else model.generation_config.do_sample
-    )
+    # transformers refuses to save a temperature beside greedy decoding, which some published models come with
+    if model.generation_config.temperature not in (None, 1.0):
+        model.generation_config.do_sample = True
     model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))

@@ -1,5 +1,6 @@
 """The losses a run can have, each summed over its units: labelled tokens, or pairs of a chosen and a rejected answer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, assert_never
@@ -28,7 +29,7 @@ class Objective:
         return summed_loss(model, batch)
 
 
-class Preference(Objective):
+class Preference(Objective, ABC):
     """A row holds a chosen and a rejected answer to one prompt, in segments 2j and 2j + 1 of the packed row."""
 
     pairs = True
@@ -39,9 +40,9 @@ class Preference(Objective):
     def summed_loss(self, model: AdaptedModel, batch: PackedBatch) -> torch.Tensor:
         return self.losses_and_margins(model, batch)[0].sum()
 
+    @abstractmethod
     def losses_and_margins(self, model: AdaptedModel, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each pair of the batch: its loss, and by how much the chosen answer is preferred (above 0: it is)."""
-        raise NotImplementedError
 
 
 class DirectPreference(Preference):

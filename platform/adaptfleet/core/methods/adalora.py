@@ -21,6 +21,8 @@ _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 class AdaLoraAdaptation(Adaptation):
     """peft's allocator keeps averages of each weight's importance; they are part of the state, so a resumed run takes the same ranks."""
 
+    shardable = False  # the allocator ranks whole matrices
+
     def __init__(self, method: AdaLora) -> None:
         self.method = method
         self._model: AdaptedModel | None = None

@@ -1,5 +1,6 @@
 """What a method of adaptation does with a model: the one seam between the training loop and the methods."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -11,18 +12,20 @@ from adaptfleet.core.export import export_adapter
 AdaptedModel = PreTrainedModel | PeftModel
 
 
-class Adaptation:
+class Adaptation(ABC):
     """One method with its contract. Subclasses say how it is attached and how its result is saved; most need nothing else."""
 
     compilable = True
     """Whether the adapted decoder layers can be compiled one by one."""
+    shardable = True
+    """Whether its parameters may be sharded with FSDP2."""
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: PreTrainedModel) -> None:  # noqa: B027  most methods need nothing here
         """ContractError for what does not fit the architecture. `model` may be on the meta device."""
 
+    @abstractmethod
     def attach(self, model: PreTrainedModel, seed: int) -> AdaptedModel:
         """The model with its trainable parameters, the same for every worker: whatever is drawn at random is drawn from the seed."""
-        raise NotImplementedError
 
     def export(self, model: AdaptedModel, folder: Path, base_id: str) -> None:
         """Saves the trained part: in peft's format unless a method says otherwise."""
@@ -38,7 +41,7 @@ class Adaptation:
 
     # Methods that do something between the steps of training
 
-    def begin(self, model: AdaptedModel, num_steps: int) -> None:
+    def begin(self, model: AdaptedModel, num_steps: int) -> None:  # noqa: B027  most methods need nothing here
         """Called once before the first step."""
 
     def penalty(self, model: AdaptedModel) -> torch.Tensor | None:
@@ -53,5 +56,5 @@ class Adaptation:
         """What a resumed run needs beside the trained parameters."""
         return {}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:  # noqa: B027  most methods need nothing here
         """Takes back what `state` gave."""

@@ -17,6 +17,7 @@ from adaptfleet.core.methods.targets import resolve_low_rank_targets
 
 class QLoraAdaptation(Adaptation):
     compilable = False
+    shardable = False  # bitsandbytes keeps its scales beside the weights, unsharded
 
     def __init__(self, method: QLora) -> None:
         self.method = method

@@ -75,7 +75,5 @@ def growable_resources(total: dict[str, float]) -> dict[str, float]:
     """What the cluster can come to have: its autoscaler's limits where there is one, else what it has."""
     from ray._private.state import state  # Ray Train itself asks here; there is no public way
 
-    limits = state.get_max_resources_from_cluster_config()
-    return {
-        name: max(value, (limits or {}).get(name, 0)) for name, value in (total | {k: 0.0 for k in limits or {} if k not in total}).items()
-    }
+    limits = state.get_max_resources_from_cluster_config() or {}
+    return {name: max(total.get(name, 0.0), limits.get(name, 0.0)) for name in {*total, *limits}}

@@ -12,7 +12,7 @@ import ray.train
 import torch
 from ray.train import CheckpointUploadMode
 
-from adaptfleet.contracts.errors import AdaptfleetError
+from adaptfleet.contracts.errors import AdaptfleetError, ContractError
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.methods import QLora
 from adaptfleet.core.checkpoint import read_progress, read_tensors, write_checkpoint
@@ -82,6 +82,11 @@ class _FinetuneWorker:
         )
         self.objective = objective(job.objective)
         self.is_sharded = self.placement.mode == "fsdp2"
+        if self.is_sharded and not self.adaptation.shardable:
+            raise ContractError(
+                f"method.kind {job.method.kind!r} cannot be sharded with fsdp2 ({self.placement.reason}); "
+                "use cluster.shard=ddp with larger workers, or lora."
+            )
         self.call = shard(self.model, self.num_workers) if self.is_sharded else self._call
         pad_id = self.tokenizer.pad_token_id
         self.trainer = Trainer(self.model, self.adaptation, job.train, self.plan, self.rows, pad_id, self.objective, self.call)

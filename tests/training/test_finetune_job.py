@@ -159,6 +159,21 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Jo
     assert losses(job) == losses(undisturbed)
 
 
+def test_a_worker_that_dies_more_often_than_allowed_ends_the_run_and_keeps_it(
+    local_cluster: Any, contract: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = contract("sums-given-up", cluster={"max_failures": 0})
+    with subprocess.Popen(
+        command(write(job, tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
+    ) as process:
+        os.kill(wait_for_step(job, 12, process), signal.SIGKILL)
+        output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 2, output[-3000:]
+    assert "error: workers failed 1 times, more than cluster.max_failures (0) allows" in output and "Traceback" not in output[-2000:]
+    assert "sums-given-up" not in Registry.open().names()
+    assert list(run_folder(job).glob("checkpoint_*"))
+
+
 def test_a_killed_job_goes_on_when_submitted_again(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
     job = contract("sums-job-killed")
     with subprocess.Popen(

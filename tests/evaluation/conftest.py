@@ -1,23 +1,13 @@
 """A small base, an adapter of it with weights that matter, and rows with JSON answers."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.training.conftest import make_model, make_tokenizer
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
-    model = make_model("llama")
-    model.generation_config.eos_token_id = 2
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+from tests.training.conftest import make_model, write_sums
+from tests.training.conftest import tiny_base as tiny_base  # a fixture
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +25,4 @@ def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [
-        {"messages": [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": json.dumps({"sum": a + b})}]}
-        for a in range(6)
-        for b in range(4)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return write_sums(tmp_path_factory.mktemp("data") / "sums.jsonl", 6, 4)

@@ -75,14 +75,17 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Chat rows whose answers are JSON."""
-    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
+def write_sums(file: Path, first: int, second: int) -> Path:
+    """Chat rows whose answers are JSON: every sum of two numbers below `first` and `second`."""
     rows = [
         {"messages": [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": json.dumps({"sum": a + b})}]}
-        for a in range(12)
-        for b in range(12)
+        for a in range(first)
+        for b in range(second)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+@pytest.fixture(scope="session")
+def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sums(tmp_path_factory.mktemp("data") / "sums.jsonl", 12, 12)

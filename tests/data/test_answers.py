@@ -1,6 +1,6 @@
 import pytest
 
-from adaptfleet.core.evaluation.answers import AnswerScores, bootstrap_interval, score_answer, score_answers
+from adaptfleet.core.evaluation.answers import AnswerScores, score_answer, score_answers
 
 
 def test_scores_of_a_hand_counted_case() -> None:
@@ -52,15 +52,3 @@ def test_answers_and_expected_ones_are_as_many() -> None:
         score_answers(["a"], ["a", "b"])
     with pytest.raises(ValueError, match="no answers"):
         score_answers([], [])
-
-
-def test_the_bootstrap_interval_agrees_with_the_normal_approximation() -> None:
-    values = [1.0] * 60 + [0.0] * 90
-    low, high = bootstrap_interval(values, seed=1)
-    # p = 0.4, n = 150: 1.96 * sqrt(0.4 * 0.6 / 150) = 0.0784; the resamples' own scatter is below 0.015.
-    assert low == pytest.approx(0.4 - 0.0784, abs=0.015)
-    assert high == pytest.approx(0.4 + 0.0784, abs=0.015)
-    assert bootstrap_interval(values, seed=1) == (low, high)
-    assert bootstrap_interval([0.25] * 9) == (0.25, 0.25)
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap_interval([])

@@ -187,3 +187,12 @@ def test_what_a_bucket_has_not(bucket: str) -> None:
         open_dataset(DataSpec(train="https://host/rows.jsonl"))
     with pytest.raises(DataError, match="names no file or folder in a bucket"):
         open_dataset(DataSpec(train="s3://bucket"))
+
+
+def test_a_saved_set_that_names_files_outside_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret.arrow").write_bytes(b"x")
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../secret.arrow"}]}))
+    with pytest.raises(DataError, match=r"names files outside of its folder: \.\./secret\.arrow"):
+        open_dataset(DataSpec(train=str(folder)))

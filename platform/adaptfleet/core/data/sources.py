@@ -117,7 +117,11 @@ def _shards(folder: Path) -> list[Path]:
     """The Arrow files in the order that the state says, else by name."""
     state = folder / "state.json"
     if state.is_file():
-        files = [folder / entry["filename"] for entry in _json(state).get("_data_files", [])]
+        names = [str(entry["filename"]) for entry in _json(state).get("_data_files", [])]
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise DataError(f"{state} names files outside of its folder: {', '.join(outside[:5])}. Save the data set again.")
+        files = [folder / name for name in names]
     else:
         files = sorted(folder.glob("*.arrow"))
     missing = [file.name for file in files if not file.is_file()]

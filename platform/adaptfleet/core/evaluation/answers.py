@@ -1,11 +1,10 @@
-"""Answers against expected ones: exact match, field F1, valid JSON, and how sure a mean is.
+"""Answers against expected ones: exact match, field F1 and valid JSON.
 
 An expected answer that is a JSON object is compared as one: the order of keys and whitespace do not count, every value does. Any other
 expected answer is compared as text.
 """
 
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,16 +72,6 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> AnswerScor
         field_f1=2 * sum(s.num_common for s in on_json) / num_pairs if num_pairs else None,
         valid_json=sum(s.valid_json for s in on_json) / len(on_json) if on_json else None,
     )
-
-
-def bootstrap_interval(values: Sequence[float], seed: int = 0, num_resamples: int = 2000) -> tuple[float, float]:
-    """The 95% interval of the mean by the percentile bootstrap (Efron 1979). ValueError without values."""
-    if not values:
-        raise ValueError("no values to take an interval of.")
-    draw = random.Random(seed)
-    means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(num_resamples))
-    tail = round(0.025 * num_resamples)
-    return means[tail], means[-1 - tail]
 
 
 def _pairs(value: dict[str, Any]) -> frozenset[tuple[str, str]]:

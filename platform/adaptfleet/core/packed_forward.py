@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from adaptfleet.contracts.errors import ModelError
 from adaptfleet.core.losses import summed_cross_entropy
+from adaptfleet.core.segment_attention import segment_mask, takes_segments
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,6 @@ Call = Callable[[Callable[[Any, PackedBatch], Any], PackedBatch], Any]
 """Calls a function of the model and a batch, with all of the model's parameters at hand."""
 
 
-def segment_mask(segment_ids_BT: torch.Tensor, dtype: torch.dtype, num_seen_by_all: int = 0) -> torch.Tensor:
-    """[B, 1, T, P + T], 0 where the key is of the query's segment and not after it, else the type's lowest number.
-
-    The first P = `num_seen_by_all` keys are a prefix that every segment sees.
-    """
-    num_rows, num_tokens = segment_ids_BT.shape
-    same_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segment_ids_BT.device).tril_()
-    seen_BTP = torch.ones(num_rows, num_tokens, num_seen_by_all, dtype=torch.bool, device=segment_ids_BT.device)
-    allowed_BTK = torch.cat([seen_BTP, same_BTT & causal_TT], dim=2)
-    mask_BTK = torch.zeros(allowed_BTK.shape, dtype=dtype, device=segment_ids_BT.device)
-    return mask_BTK.masked_fill_(~allowed_BTK, torch.finfo(dtype).min)[:, None]
-
-
 def plain_base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The causal language model inside, its layers adapted or not."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -82,7 +69,9 @@ def hidden_states(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> tor
     learnt: Any = model
     position_ids_BT = batch.position_ids_BT + num_virtual
     if not num_virtual:
-        inputs = {"input_ids": batch.input_ids_BT, "attention_mask": segment_mask(batch.segment_ids_BT, base.dtype)}
+        ids_BT = batch.segment_ids_BT
+        mask = ids_BT[:, None, None] if takes_segments(base) else segment_mask(ids_BT, base.dtype)
+        inputs = {"input_ids": batch.input_ids_BT, "attention_mask": mask}
     elif learnt.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
         inputs = {
             "input_ids": batch.input_ids_BT,

@@ -16,6 +16,7 @@ from adaptfleet.contracts.home import home
 from adaptfleet.contracts.model import EMBEDDED_MODELS, ModelSpec
 from adaptfleet.core.models.device import device, model_dtype
 from adaptfleet.core.models.embedded import embedded_model
+from adaptfleet.core.segment_attention import use_segment_attention
 
 _REVISED = ("config.json", "*.safetensors", "model.safetensors.index.json")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -105,4 +106,5 @@ def load_base(
     model.config.use_cache = False
     if quantization is None:
         torch.nn.Module.to(model, device())
+    use_segment_attention(model)
     return model.eval(), tokenizer, base_revision(folder)

@@ -16,8 +16,10 @@ from adaptfleet.core.methods.targets import resolve_low_rank_targets
 
 
 class QLoraAdaptation(Adaptation):
+    """Sharded, each worker holds its part of the 4-bit weights and all of their scales, which bitsandbytes keeps beside them: an eighth of
+    a bit for each weight, half a bit without double quantization."""
+
     compilable = False
-    shardable = False  # bitsandbytes keeps its scales beside the weights, unsharded
 
     def __init__(self, method: QLora) -> None:
         self.method = method
@@ -30,6 +32,8 @@ class QLoraAdaptation(Adaptation):
         for layer in layers:
             # bitsandbytes would repack the weights in evaluation, with scales in bfloat16: another model than was trained
             layer.support_avx512bf16_for_cpu = False
+            # FSDP gathers the bare numbers; bitsandbytes then looks for their scales here
+            layer.quant_state = layer.weight.quant_state
         return attach_seeded(model, lora_config(model, self.method), seed)
 
     def merged(self, model: AdaptedModel) -> PreTrainedModel:

@@ -154,13 +154,12 @@ def test_layers_cut_between_two_workers_have_the_losses_of_one(undisturbed: Job,
 
 @pytest.mark.slow
 def test_a_base_in_four_bits_is_sharded_over_two_workers(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
-    one = contract("four-bits", method={"kind": "qlora"})
-    two = contract("four-bits-two", method={"kind": "qlora"}, cluster={"workers": 2, "shard": "fsdp2"})
-    for job in (one, two):
-        result = run(job, tmp_path)
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
-    assert max(abs(losses(one)[s] - loss) / loss for s, loss in losses(two).items()) < 2e-3
-    assert Registry.open().resolve("four-bits-two").kind == "model"
+    job = contract("four-bits", method={"kind": "qlora"}, cluster={"workers": 2, "shard": "fsdp2"}, train={"max_steps": 40})
+    result = run(job, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    curve = losses(job)
+    assert curve[40] < 0.8 * curve[1]
+    assert Registry.open().resolve("four-bits").kind == "model"
 
 
 def test_preferences_are_learnt_and_published(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:

@@ -41,6 +41,10 @@ def test_tokens_of_a_step_are_the_same_packs_for_any_number_of_workers() -> None
         ({"cluster": {"workers": 2, "tensor_parallel": 2, "shard": "ddp"}}, "use auto or fsdp2"),
         ({"cluster": {"workers": 4, "tensor_parallel": 2}}, "packs_per_step is 1, fewer than the 2 groups of 2 workers"),
         ({"cluster": {"workers": 2, "tensor_parallel": 2}, "method": {"use_dora": True}}, "use_dora takes the norm of whole columns"),
+        (
+            {"cluster": {"workers": 2, "shard": "fsdp2"}, "method": {"kind": "adalora"}, "train": {"packs_per_step": 2}},
+            "ranks whole matrices",
+        ),
         ({"cluster": {"workers": 2, "tensor_parallel": 2}, "method": {"kind": "qlora"}}, "packed without regard to rows and columns"),
         (
             {"cluster": {"workers": 2, "tensor_parallel": 2}, "method": {"kind": "ia3"}},

@@ -22,7 +22,7 @@ class TrainSpec(Spec):
     packs_per_step: Annotated[int, Field(ge=1)] | None = None
     """Packed rows of one optimizer step, over all workers; 1 where `tokens_per_step` is not given either."""
     tokens_per_step: Annotated[int, Field(ge=16)] | None = None
-    """The same in tokens: a multiple of `pack_tokens`. The padding of packed rows counts, about one token in a hundred."""
+    """The same in tokens: a multiple of `pack_tokens`. The padding of packed rows counts, about one token in fifty."""
     truncate: bool = False
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -188,6 +188,14 @@ class FinetuneJob(Spec):
             raise ValueError(
                 f"method.kind {self.method.kind!r} cannot be trained with cluster.tensor_parallel {size}: {reason}. "
                 "Use lora, or tensor_parallel: 1 with shard: fsdp2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _matrices_can_be_sharded(self) -> "FinetuneJob":
+        if self.method.kind == "adalora" and self.cluster.shard == "fsdp2" and self.cluster.max_workers > 1:
+            raise ValueError(
+                "cluster.shard is 'fsdp2', but method.kind 'adalora' ranks whole matrices against each other; use shard: ddp, or lora"
             )
         return self
 

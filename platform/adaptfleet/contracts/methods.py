@@ -28,7 +28,7 @@ class _Method(Spec):
 
     def why_uncut(self) -> str | None:
         """Why it cannot be trained on layers cut by tensor parallelism. None: it can."""
-        return "its parameters are bound to whole layers"
+        return "its parameters are not cut along with the rows and columns of layers"
 
 
 class Lora(_Method):
@@ -136,6 +136,9 @@ class PromptTuning(_Method):
 
     def why_unserved(self) -> str:
         return "the engine would have to put the learnt embeddings before every request's tokens, which its adapters cannot"
+
+    def why_uncut(self) -> None:
+        return None
 
 
 class IA3(_Method):

@@ -23,7 +23,7 @@ from adaptfleet.core.export import export_model
 from adaptfleet.core.loop import Trainer, rows_per_pass
 from adaptfleet.core.methods.adaptation import AdaptedModel
 from adaptfleet.core.methods.choice import adaptation
-from adaptfleet.core.methods.qlora import quantization_config
+from adaptfleet.core.methods.qlora import keep_as_quantized, quantization_config
 from adaptfleet.core.models.device import device, memory_per_worker, model_dtype
 from adaptfleet.core.models.loading import load_base
 from adaptfleet.core.objectives import Preference, objective
@@ -113,6 +113,8 @@ class _FinetuneWorker:
         method = self.job.method
         quantized = quantization_config(method, model_dtype(self.job.model)) if isinstance(method, QLora) else None
         base, self.tokenizer, _ = load_base(at_hand(self.job.model), quantization=quantized, on=self.loads_on)
+        if quantized:
+            keep_as_quantized(base)
         if check:
             longest = int(max(self.rows.lengths.max(), self.test_rows.lengths.max())) + getattr(method, "num_virtual_tokens", 0)
             check_packable(base, len(self.tokenizer), self.job.train.pack_tokens, longest)

@@ -5,14 +5,14 @@ import torch
 from pydantic import ValidationError
 
 from adaptfleet.contracts.jobs import FinetuneJob, TrainSpec
-from adaptfleet.contracts.methods import Lora, Method, PrefixTuning, PromptTuning
+from adaptfleet.contracts.methods import Lora, Method, PrefixTuning
 from adaptfleet.core.compilation import compile_layers, decoder_layers
 from adaptfleet.core.loop import Trainer
 from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.recomputation import activation_bytes, recompute_layers, should_recompute
 from adaptfleet.core.steps import plan_steps
 from tests.training.conftest import CONFIGS, make_model
-from tests.training.test_methods import rows
+from tests.training.test_methods import METHODS, rows
 
 GIB = 2**30
 
@@ -49,9 +49,9 @@ def test_compiled_layers_can_be_recomputed() -> None:
     assert [r.loss for r in recomputed.run()] == pytest.approx([r.loss for r in kept.run()], rel=1e-4)
 
 
-def test_a_learnt_prompt_goes_with_it() -> None:
-    method = PromptTuning(num_virtual_tokens=3)
-    kept, recomputed = trainer(method=method), trainer(method=method)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.kind != "prefix"])
+def test_every_method_but_prefix_goes_with_it(name: str) -> None:
+    kept, recomputed = trainer(method=METHODS[name]), trainer(method=METHODS[name])
     recompute_layers(recomputed.model)
     assert [r.loss for r in recomputed.run()] == pytest.approx([r.loss for r in kept.run()], rel=1e-6)
 

@@ -1,7 +1,8 @@
 """Tensor parallelism (arXiv 1909.08053): the workers of a group each compute with a part of every layer's columns or rows.
 
 Which modules are cut by columns and which by rows says transformers' plan of the architecture; torch's DTensor styles cut them and add up
-what must be added. So one layer needs a sum over the group after attention and one after the feed-forward. A LoRA is cut along with its
+what must be added: going forward the outputs of attention and feed-forward, going back the gradient of what each module cut by columns
+reads. A LoRA is cut along with its
 module: by columns its B, by rows its A; the other half is whole on each worker, and its gradients are equal there without a message.
 """
 

@@ -1,6 +1,7 @@
 """Small models of several architectures, made in code, and a tokenizer with a chat template."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ CONFIGS = {
     "gpt_neox": GPTNeoXConfig(**_SHAPE, intermediate_size=64),
     "opt": OPTConfig(**_SHAPE, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are too small for two: where other programs compute too, waiting for the second takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.loading import parse_contract
@@ -19,6 +20,7 @@ from adaptfleet.store.registry import Registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 400
+ADAPTER = "adapter_model.safetensors"
 Job = dict[str, Any]
 
 
@@ -102,7 +104,7 @@ def test_a_submitted_job_trains_and_publishes(undisturbed: Job) -> None:
     assert {"eval_loss", "eval_perplexity", "exact_match", "field_f1", "valid_json", "train_loss", "train_tokens_per_s"} <= set(
         manifest.metrics
     )
-    assert set(manifest.files) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(manifest.files) == {"adapter_config.json", ADAPTER}
     assert manifest.base == "tiny-llama" and manifest.base_revision and len(manifest.base_revision) == 64
     assert manifest.method is not None and manifest.method["rank"] == 4
     folder = run_folder(undisturbed)
@@ -130,6 +132,34 @@ def test_two_workers_have_the_losses_of_one(undisturbed: Job, contract: Callable
     # gradients are summed in another order; AdamW divides by their size, so the difference grows a little with each step
     assert max(abs(one[s] - two[s]) / one[s] for s in one) < 2e-3
     assert max(abs(one[s] - two[s]) / one[s] for s in list(one)[:5]) < 1e-5
+
+
+@pytest.mark.slow
+def test_layers_cut_between_two_workers_have_the_losses_of_one(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
+    job = contract(
+        "sums-cut",
+        cluster={"workers": 2, "tensor_parallel": 2},
+        train={"packs_per_step": None, "tokens_per_step": 128, "gradient_checkpointing": "on"},
+    )
+    result = run(job, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    assert "every layer cut between 2 workers" in result.stdout and "gradient checkpointing on" in result.stdout
+    one, two = losses(undisturbed), losses(job)
+    assert one.keys() == two.keys()
+    assert max(abs(one[s] - two[s]) / one[s] for s in one) < 2e-3
+    whole, cut = (load_file(Registry.open().fetch(Registry.open().resolve(name), tmp_path) / ADAPTER) for name in ("sums", "sums-cut"))
+    assert {key: value.shape for key, value in cut.items()} == {key: value.shape for key, value in whole.items()}
+    assert max(float((cut[key] - whole[key]).norm() / whole[key].norm()) for key in whole) < 2e-2
+
+
+@pytest.mark.slow
+def test_a_base_in_four_bits_is_sharded_over_two_workers(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
+    job = contract("four-bits", method={"kind": "qlora"}, cluster={"workers": 2, "shard": "fsdp2"}, train={"max_steps": 40})
+    result = run(job, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    curve = losses(job)
+    assert curve[40] < 0.8 * curve[1]
+    assert Registry.open().resolve("four-bits").kind == "model"
 
 
 def test_preferences_are_learnt_and_published(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from adaptfleet.contracts.methods import QLora
 from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.core.export import export_model
 from adaptfleet.core.loop import Trainer
-from adaptfleet.core.methods.qlora import QLoraAdaptation, dequantized, quantization_config
+from adaptfleet.core.methods.qlora import QLoraAdaptation, dequantized, keep_as_quantized, quantization_config
 from adaptfleet.core.models.loading import load_base
+from adaptfleet.core.packed_forward import check_packable
 from adaptfleet.core.steps import plan_steps
 from tests.training.conftest import make_tokenizer
 from tests.training.test_methods import logits, rows
@@ -41,6 +42,18 @@ def test_it_trains_on_four_bits_and_resumes(tiny_base: Path) -> None:
             break
     second.load_state(first.state(), first.step)
     assert [r.loss for r in second.run()] == pytest.approx(curve[5:], rel=1e-6)
+
+
+def test_checking_the_base_leaves_its_weights_as_they_are(tiny_base: Path) -> None:
+    """Where the processor computes bfloat16 fast, bitsandbytes repacks a layer's weights when it is first evaluated, unless told not to."""
+    base, tokenizer, _ = load_base(
+        ModelSpec(source=str(tiny_base), dtype="float32"), quantization=quantization_config(METHOD, torch.float32)
+    )
+    keep_as_quantized(base)
+    layer = base.model.layers[0].self_attn.q_proj
+    before = layer.weight.data.clone()
+    check_packable(base, len(tokenizer), 64, 30)
+    assert torch.equal(layer.weight.data, before)
 
 
 def test_the_served_model_is_what_was_trained(tiny_base: Path, tmp_path: Path) -> None:

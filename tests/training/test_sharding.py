@@ -2,22 +2,27 @@
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from adaptfleet.contracts.errors import TrainingError
 from adaptfleet.contracts.jobs import TrainSpec
-from adaptfleet.contracts.methods import AdaLora, Full, Lora, Method, PrefixTuning
+from adaptfleet.contracts.methods import AdaLora, Full, Lora, Method, PrefixTuning, PromptTuning, QLora
 from adaptfleet.core.checkpoint import read_progress, read_tensors, write_checkpoint
 from adaptfleet.core.compilation import compile_layers
 from adaptfleet.core.evaluation.held_out import held_out_loss
 from adaptfleet.core.loop import Trainer
 from adaptfleet.core.methods.choice import adaptation
-from adaptfleet.core.sharding import choose_placement, shard
+from adaptfleet.core.methods.qlora import quantization_config
+from adaptfleet.core.recomputation import recompute_layers
+from adaptfleet.core.sharding import choose_placement, shard, worker_mesh
 from adaptfleet.core.steps import plan_steps
 from tests.training.test_methods import make_model, rows
 
@@ -26,63 +31,96 @@ METHODS: dict[str, Method] = {
     "full": Full(),
     "prefix": PrefixTuning(num_virtual_tokens=3),
     "adalora": AdaLora(rank=2, initial_rank=4, every_steps=2),
+    "prompt": PromptTuning(num_virtual_tokens=3),
+    "qlora": QLora(rank=4, alpha=8),
 }
+ALONE = ("lora", "full", "prefix", "adalora", "qlora")
 STEPS = 6
 LIMIT_S = 120
 
 
-def make_trainer(method: str, mode: str, num_workers: int, compiled: bool = False) -> Trainer:
+@dataclass(frozen=True)
+class Run:
+    """A training run, as its workers are told of it."""
+
+    method: str
+    mode: str = "none"
+    num_workers: int = 1
+    tensor_parallel: int = 1
+    architecture: str = "llama"
+    compiled: bool = False
+    recomputed: bool = False
+    stop: int = STEPS
+
+
+def make_base(run: Run, folder: Path) -> PreTrainedModel:
+    method = METHODS[run.method]
+    if not isinstance(method, QLora):
+        return make_model(run.architecture)
+    # transformers quantizes as it loads
+    config = quantization_config(method, torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=config, device_map={"": "cpu"})
+    return base.requires_grad_(False)
+
+
+def make_trainer(run: Run, folder: Path) -> Trainer:
     # three packs a step: two workers cannot share them evenly
     train = TrainSpec(epochs=9, max_steps=STEPS, pack_tokens=64, packs_per_step=3, learning_rate=0.01)
-    adapted = adaptation(METHODS[method])
-    model = adapted.attach(make_model("llama"), 0)
-    if compiled:
+    adapted = adaptation(METHODS[run.method])
+    model = adapted.attach(make_base(run, folder), 0)
+    if run.compiled:
         compile_layers(model)
-    call = shard(model, num_workers) if mode == "fsdp2" else None
+    if run.recomputed:
+        recompute_layers(model)
+    mesh = worker_mesh("cpu", run.num_workers, run.tensor_parallel) if run.mode == "fsdp2" else None
+    call = shard(model, mesh) if mesh else None
     data = rows()
-    return Trainer(model, adapted, train, plan_steps(data, train), data, 0, call=call)
+    return Trainer(model, adapted, train, plan_steps(data, train), data, 0, call=call, mesh=mesh)
 
 
-def work(rank: int, num_workers: int, folder: Path, method: str, mode: str, stop: int, compiled: bool) -> None:
+def work(rank: int, folder: Path, run: Run) -> None:
     """One worker: goes on from the folder's checkpoint if there is one, stops after `stop` steps and writes one."""
     torch.set_num_threads(1)
-    if num_workers > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{stop}", rank=rank, world_size=num_workers)
-    trainer = make_trainer(method, mode, num_workers, compiled)
+    if run.num_workers > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{run.stop}", rank=rank, world_size=run.num_workers)
+    trainer = make_trainer(run, folder)
     checkpoints = sorted(folder.glob("checkpoint-*"))
     if checkpoints:
         progress = read_progress(checkpoints[-1])
         trainer.load_state(read_tensors(checkpoints[-1], trainer.state()), progress["step"])
-    losses = []
+    losses, norms = [], []
     for result in trainer.run():
         losses.append(result.loss)
-        if result.step == stop:
+        norms.append(result.grad_norm)
+        if result.step == run.stop:
             break
     held_out = held_out_loss(trainer.model, rows(6), 64, 0, trainer.call).loss
     state = trainer.state()
-    if rank == 0 or mode == "fsdp2":
-        write_checkpoint(folder / f"checkpoint-{stop}", state, {"step": stop}, rank)
+    if rank == 0 or run.mode == "fsdp2":
+        write_checkpoint(folder / f"checkpoint-{run.stop}", state, {"step": run.stop}, rank)
     total = sum(float(weight.double().abs().sum()) for weight in trainer.optimizer.whole_weights().values())
     if rank == 0:
-        (folder / f"result-{stop}.json").write_text(json.dumps({"losses": losses, "held_out": held_out, "sum": total}))
-    if num_workers > 1:
+        result = {"losses": losses, "norms": norms, "held_out": held_out, "sum": total}
+        (folder / f"result-{run.stop}.json").write_text(json.dumps(result))
+    if run.num_workers > 1:
         dist.destroy_process_group()
 
 
-def run(folder: Path, method: str, mode: str, num_workers: int, stop: int = STEPS, compiled: bool = False) -> dict[str, object]:
+def result_of(run: Run, folder: Path) -> dict:
     folder.mkdir(exist_ok=True)
-    arguments = (num_workers, folder, method, mode, stop, compiled)
-    if num_workers == 1:
-        work(0, *arguments)
+    if isinstance(METHODS[run.method], QLora):
+        make_model(run.architecture).save_pretrained(folder / "base")
+    if run.num_workers == 1:
+        work(0, folder, run)
     else:
-        processes = mp.spawn(work, args=arguments, nprocs=num_workers, join=False)
+        processes = mp.spawn(work, args=(folder, run), nprocs=run.num_workers, join=False)
         end = time.monotonic() + LIMIT_S
         while not processes.join(timeout=1):
             if time.monotonic() > end:
                 for process in processes.processes:
                     process.kill()
-                raise AssertionError(f"{num_workers} workers did not end within {LIMIT_S} s")
-    return json.loads((folder / f"result-{stop}.json").read_text())
+                raise AssertionError(f"{run.num_workers} workers did not end within {LIMIT_S} s")
+    return json.loads((folder / f"result-{run.stop}.json").read_text())
 
 
 def assert_same(one: dict, other: dict) -> None:
@@ -91,21 +129,32 @@ def assert_same(one: dict, other: dict) -> None:
     assert other["losses"][0] == pytest.approx(one["losses"][0], rel=1e-5)
     assert other["held_out"] == pytest.approx(one["held_out"], rel=2e-3)
     assert other["sum"] == pytest.approx(one["sum"], rel=2e-3)
+    assert other["norms"] == pytest.approx(one["norms"], rel=2e-2)
+    assert other["norms"][0] == pytest.approx(one["norms"][0], rel=1e-4)
+
+
+def joined(parts: list[Run], folder: Path) -> dict:
+    """Runs that each go on from the one before, as one."""
+    results = [result_of(part, folder) for part in parts]
+    return {**results[-1], **{curve: [value for result in results for value in result[curve]] for curve in ("losses", "norms")}}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("alone")
-    return {method: run(folder / method, method, "none", 1) for method in METHODS}
+    return {method: result_of(Run(method), folder / method) for method in ALONE}
 
 
-@pytest.mark.parametrize(("method", "mode"), [(m, "fsdp2") for m in ("lora", "full", "prefix")] + [(m, "ddp") for m in ("lora", "adalora")])
+@pytest.mark.parametrize(
+    ("method", "mode"), [(m, "fsdp2") for m in ("lora", "full", "prefix", "qlora")] + [(m, "ddp") for m in ("lora", "adalora")]
+)
 def test_two_workers_have_the_losses_of_one(alone: dict[str, dict], method: str, mode: str, tmp_path: Path) -> None:
-    assert_same(alone[method], run(tmp_path / "two", method, mode, 2))
+    assert_same(alone[method], result_of(Run(method, mode, 2), tmp_path / "two"))
 
 
-def test_sharded_layers_can_be_compiled(alone: dict[str, dict], tmp_path: Path) -> None:
-    assert_same(alone["lora"], run(tmp_path / "two", "lora", "fsdp2", 2, compiled=True))
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+def test_sharded_layers_can_be_compiled(alone: dict[str, dict], recomputed: bool, tmp_path: Path) -> None:
+    assert_same(alone["lora"], result_of(Run("lora", "fsdp2", 2, compiled=True, recomputed=recomputed), tmp_path / "two"))
 
 
 @pytest.mark.parametrize(
@@ -117,12 +166,12 @@ def test_sharded_layers_can_be_compiled(alone: dict[str, dict], tmp_path: Path) 
     ids=["2-1-2", "1-2-2"],
 )
 def test_a_run_goes_on_with_more_and_fewer_workers(alone: dict[str, dict], path: list[tuple[str, int]], tmp_path: Path) -> None:
-    parts = [run(tmp_path / "run", "lora", mode, workers, stop) for (mode, workers), stop in zip(path, (2, 4, 6), strict=True)]
-    assert_same(alone["lora"], {**parts[-1], "losses": [loss for part in parts for loss in part["losses"]]})
+    stops = zip(path, (2, 4, 6), strict=True)
+    assert_same(alone["lora"], joined([Run("lora", mode, workers, stop=stop) for (mode, workers), stop in stops], tmp_path / "run"))
 
 
 def test_a_part_that_is_missing_or_torn_is_refused(tmp_path: Path) -> None:
-    run(tmp_path / "run", "lora", "fsdp2", 2, 2)
+    result_of(Run("lora", "fsdp2", 2, stop=2), tmp_path / "run")
     folder = tmp_path / "run" / "checkpoint-2"
     assert read_progress(folder)["step"] == 2
     shards = sorted(folder.glob("*.safetensors"))
@@ -138,10 +187,10 @@ def test_a_part_that_is_missing_or_torn_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
-    trainer = make_trainer("lora", "none", 1)
+    trainer = make_trainer(Run("lora"), tmp_path)
     write_checkpoint(tmp_path / "c", trainer.state(), {"step": 0})
     with pytest.raises(TrainingError, match="of another model or method"):
-        read_tensors(tmp_path / "c", make_trainer("prefix", "none", 1).state())
+        read_tensors(tmp_path / "c", make_trainer(Run("prefix"), tmp_path).state())
 
 
 def test_auto_shards_only_what_does_not_fit() -> None:

@@ -19,8 +19,10 @@ class TrainSpec(Spec):
     """Stop after so many optimizer steps, whatever `epochs` says; the learning rate's schedule ends there too."""
     pack_tokens: Annotated[int, Field(ge=16)] = 1024
     """Length of a packed row. A longer example is an error, unless `truncate`."""
-    packs_per_step: Annotated[int, Field(ge=1)] = 1
-    """Packed rows of one optimizer step, over all workers."""
+    packs_per_step: Annotated[int, Field(ge=1)] | None = None
+    """Packed rows of one optimizer step, over all workers; 1 where `tokens_per_step` is not given either."""
+    tokens_per_step: Annotated[int, Field(ge=16)] | None = None
+    """The same in tokens: a multiple of `pack_tokens`. The padding of packed rows counts, about one token in fifty."""
     truncate: bool = False
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -28,7 +30,27 @@ class TrainSpec(Spec):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the decoder layers. `auto`: where a C++ compiler (CPU) or a GPU is there and the run is long enough to pay."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Keep only the inputs of the decoder layers and compute what is in them again in the backward pass: less memory, a fifth slower.
+    `auto`: where a worker's memory would not hold the activations."""
     seed: int = 0
+
+    @property
+    def num_packs(self) -> int:
+        """Packed rows of one optimizer step, over all workers."""
+        return self.tokens_per_step // self.pack_tokens if self.tokens_per_step else self.packs_per_step or 1
+
+    @model_validator(mode="after")
+    def _one_size_of_a_step(self) -> "TrainSpec":
+        tokens, pack = self.tokens_per_step, self.pack_tokens
+        if tokens and self.packs_per_step:
+            raise ValueError(
+                f"packs_per_step ({self.packs_per_step}) and tokens_per_step ({tokens}) both give the size of a step; leave out one"
+            )
+        if tokens and tokens % pack:
+            fitting = [str(multiple) for multiple in (tokens // pack * pack, (tokens // pack + 1) * pack) if multiple]
+            raise ValueError(f"tokens_per_step is {tokens}, no multiple of pack_tokens ({pack}); use {' or '.join(fitting)}")
+        return self
 
 
 class EvaluationSpec(Spec):
@@ -73,6 +95,9 @@ class ClusterSpec(Spec):
     shard: ShardMode = "auto"
     """`ddp`: the whole base on each worker, gradients of the trained part summed. `fsdp2`: every layer's parameters sharded over them.
     `auto`: `ddp` where the base fits a worker's memory, else `fsdp2`. `none`: one worker."""
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """Workers that hold a part of each layer and compute it together, for layers too large for one device; the parts are sharded with
+    `fsdp2` over the groups of so many."""
     cpus_per_worker: Annotated[int, Field(ge=1)] | None = None
     """None: an equal share of the cluster's CPUs."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
@@ -94,6 +119,27 @@ class ClusterSpec(Spec):
     def _one_worker_unsharded(self) -> "ClusterSpec":
         if self.shard == "none" and self.max_workers > 1:
             raise ValueError(f"shard is 'none', but there may be {self.max_workers} workers; use auto, ddp or fsdp2, or workers: 1")
+        return self
+
+    @property
+    def num_shares(self) -> int:
+        """Workers, or groups of workers, that each take a share of a step: the most there may be."""
+        return self.max_workers // self.tensor_parallel
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "ClusterSpec":
+        size = self.tensor_parallel
+        if size == 1:
+            return self
+        if not isinstance(self.workers, int):
+            raise ValueError(
+                f"tensor_parallel is {size}, and between {self.workers.min} and {self.workers.max} workers may be a number that makes no "
+                "whole groups; give a number of workers"
+            )
+        if self.workers % size:
+            raise ValueError(f"workers is {self.workers}, no multiple of tensor_parallel ({size}); every group needs {size} of them")
+        if self.shard == "ddp":
+            raise ValueError(f"shard is 'ddp', the whole base on each worker, but tensor_parallel is {size}; use auto or fsdp2")
         return self
 
 
@@ -125,13 +171,41 @@ class FinetuneJob(Spec):
 
     @model_validator(mode="after")
     def _every_worker_has_a_pack(self) -> "FinetuneJob":
-        packs, workers = self.train.packs_per_step, self.cluster.max_workers
-        if isinstance(self.cluster.workers, int) and packs % workers:
+        train, shares = self.train, self.cluster.num_shares
+        size = f"train.tokens_per_step is {train.tokens_per_step}, {train.num_packs} packed rows of {train.pack_tokens} tokens"
+        size = size if train.tokens_per_step else f"train.packs_per_step is {train.num_packs}"
+        sharing = f"{shares} workers" if self.cluster.tensor_parallel == 1 else f"{shares} groups of {self.cluster.tensor_parallel} workers"
+        if train.num_packs < shares:
+            raise ValueError(f"{size}, fewer than the {sharing} there may be; raise it")
+        if isinstance(self.cluster.workers, int) and train.num_packs % shares:
+            raise ValueError(f"{size}, which {sharing} cannot share evenly; use a multiple of {shares}")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_can_be_cut(self) -> "FinetuneJob":
+        size, reason = self.cluster.tensor_parallel, self.method.why_uncut()
+        if size > 1 and reason:
             raise ValueError(
-                f"train.packs_per_step is {packs}, which {workers} workers cannot share evenly; use a multiple of cluster.workers"
+                f"method.kind {self.method.kind!r} cannot be trained with cluster.tensor_parallel {size}: {reason}. "
+                "Use lora, or tensor_parallel: 1 with shard: fsdp2"
             )
-        if packs < workers:
-            raise ValueError(f"train.packs_per_step is {packs}, fewer than the {workers} workers there may be; raise it")
+        return self
+
+    @model_validator(mode="after")
+    def _matrices_can_be_sharded(self) -> "FinetuneJob":
+        if self.method.kind == "adalora" and self.cluster.shard == "fsdp2" and self.cluster.max_workers > 1:
+            raise ValueError(
+                "cluster.shard is 'fsdp2', but method.kind 'adalora' ranks whole matrices against each other; use shard: ddp, or lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _activations_can_be_made_again(self) -> "FinetuneJob":
+        if self.train.gradient_checkpointing == "on" and self.method.kind == "prefix":
+            raise ValueError(
+                "train.gradient_checkpointing is 'on', but method.kind 'prefix' reaches the layers as a cache, which a layer computed "
+                "twice would take twice; use auto or off, or method.kind prompt"
+            )
         return self
 
     @model_validator(mode="after")

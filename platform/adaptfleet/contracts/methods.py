@@ -26,6 +26,10 @@ class _Method(Spec):
     def why_unserved(self) -> str:
         return _NO_LORA
 
+    def why_uncut(self) -> str | None:
+        """Why it cannot be trained on layers cut by tensor parallelism. None: it can."""
+        return "its parameters are not cut along with the rows and columns of layers"
+
 
 class Lora(_Method):
     """LoRA, arXiv 2106.09685. With `use_rslora` the scale is alpha / sqrt(rank), arXiv 2312.03732; with `use_dora` magnitude and direction
@@ -51,6 +55,9 @@ class Lora(_Method):
     def served_as(self) -> ServedAs:
         return "model" if self.use_dora else "adapter"
 
+    def why_uncut(self) -> str | None:
+        return "use_dora takes the norm of whole columns of weights" if self.use_dora else None
+
 
 class QLora(_Method):
     """LoRA over a frozen base in 4-bit NormalFloat, arXiv 2305.14314. Served merged: the adapter has learnt to correct the rounded base."""
@@ -63,6 +70,9 @@ class QLora(_Method):
     use_rslora: bool = False
     double_quantization: bool = True
     """Quantize the scales of the blocks too."""
+
+    def why_uncut(self) -> str:
+        return "a base in 4 bits is packed without regard to rows and columns"
 
 
 class AdaLora(_Method):
@@ -127,6 +137,9 @@ class PromptTuning(_Method):
     def why_unserved(self) -> str:
         return "the engine would have to put the learnt embeddings before every request's tokens, which its adapters cannot"
 
+    def why_uncut(self) -> None:
+        return None
+
 
 class IA3(_Method):
     """(IA)^3, arXiv 2205.05638: learnt scales of keys, values and the feed-forward's inner activations. Served merged."""
@@ -174,6 +187,9 @@ class Full(_Method):
     """Every weight is trained. Served as a checkpoint of its own."""
 
     kind: Literal["full"] = "full"
+
+    def why_uncut(self) -> None:
+        return None
 
 
 def _kind(value: Any) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from adaptfleet.contracts.errors import TrainingError
@@ -18,10 +19,15 @@ from adaptfleet.core.objectives import Objective
 from adaptfleet.core.optimizer import MasterAdamW
 from adaptfleet.core.packed_forward import Call, PackedBatch
 from adaptfleet.core.schedule import warmup_cosine
+from adaptfleet.core.sharding import DATA
 from adaptfleet.core.steps import StepPlan
 
 TOKENS_PER_PASS = 4096
 """Positions of one forward and backward pass; more are split into several passes whose gradients add up."""
+
+
+def rows_per_pass(pack_tokens: int) -> int:
+    return max(1, TOKENS_PER_PASS // pack_tokens)
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,10 @@ class Trainer:
         pad_id: int,
         objective: Objective | None = None,
         call: Call | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         """`objective`: None means supervised fine-tuning. `call` calls a function of the model and a batch: `shard` gives one where the
-        parameters must be gathered for it."""
+        parameters must be gathered for it. `mesh`: that of `shard`; None: each worker takes a share of its own."""
         self.model = model
         self.adaptation = adaptation
         self.train = train
@@ -63,7 +70,10 @@ class Trainer:
         self.call = call or (lambda function, batch: function(model, batch))
         self.optimizer = MasterAdamW(model, train.weight_decay)
         self.step = 0
-        self.rank, self.num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.num_shares = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._group = None
+        if mesh is not None:
+            self.rank, self.num_shares, self._group = mesh[DATA].get_local_rank(), mesh[DATA].size(), mesh[DATA].get_group()
         self._is_sharded = any(isinstance(p, DTensor) for p in model.parameters())
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -95,9 +105,9 @@ class Trainer:
             total += summed.detach().cpu()
         penalty = self.adaptation.penalty(self.model)
         if penalty is not None:
-            # each worker adds its part of it, for gradients are summed
-            (penalty / self.num_workers).backward()
-        if self.num_workers > 1:
+            # each share adds its part of it, for gradients are summed
+            (penalty / self.num_shares).backward()
+        if self.num_shares > 1:
             total = self._sum_over_workers(total)
         loss = float(total) / num_units
         if not math.isfinite(loss):
@@ -118,14 +128,14 @@ class Trainer:
     def _passes(self) -> Iterator[PackedBatch]:
         """This worker's share of the step. Where parameters are sharded every worker makes as many passes, the last perhaps without labels:
         each pass gathers them from all."""
-        mine = self.plan.share(self.step, self.rank, self.num_workers)
-        rows_per_pass = max(1, TOKENS_PER_PASS // self.plan.pack_tokens)
-        num_passes = math.ceil(len(mine) / rows_per_pass)
-        for begin in range(0, len(mine), rows_per_pass):
-            yield self.batch(mine[begin : begin + rows_per_pass])
+        mine = self.plan.share(self.step, self.rank, self.num_shares)
+        num_rows = rows_per_pass(self.plan.pack_tokens)
+        num_passes = math.ceil(len(mine) / num_rows)
+        for begin in range(0, len(mine), num_rows):
+            yield self.batch(mine[begin : begin + num_rows])
         if self._is_sharded:
-            longest = len(self.plan.share(self.step, 0, self.num_workers))
-            for _ in range(math.ceil(longest / rows_per_pass) - num_passes):
+            longest = len(self.plan.share(self.step, 0, self.num_shares))
+            for _ in range(math.ceil(longest / num_rows) - num_passes):
                 idle = self.batch(self.plan.steps[self.step][:1])
                 yield replace(idle, label_mask_BT=torch.zeros_like(idle.label_mask_BT))
 
@@ -138,7 +148,7 @@ class Trainer:
         parameters = [p for p in self.optimizer.parameters.values() if not isinstance(p, DTensor)]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([total.to(self.model.device).reshape(1), *(g.float().reshape(-1) for g in gradients)])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=self._group)
         offset = 1
         for parameter in parameters:
             part = flat[offset : offset + parameter.numel()].view_as(parameter)

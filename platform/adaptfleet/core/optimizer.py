@@ -1,5 +1,6 @@
 """AdamW over float32 master copies of the trainable parameters."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -89,13 +90,15 @@ class MasterAdamW:
         )
 
     def _norm(self, gradients: Mapping[str, torch.Tensor]) -> float:
+        """The norm of the whole gradient. Workers that hold the same part of a sharded one count it once."""
         own: list[torch.Tensor] = []
-        shared: list[torch.Tensor] = []
+        shared: dict[int, list[torch.Tensor]] = {}
         for name, gradient in gradients.items():
-            (shared if isinstance(self.parameters[name], DTensor) else own).append(gradient)
+            parameter = self.parameters[name]
+            (shared.setdefault(_num_holders(parameter), []) if isinstance(parameter, DTensor) else own).append(gradient)
         total = _square(own)
         if shared:
-            squares = _square(shared)
+            squares = torch.stack([_square(parts) / holders for holders, parts in shared.items()]).sum()
             dist.all_reduce(squares)
             total = total.to(squares.device) + squares
         return float(total.sqrt())
@@ -107,6 +110,13 @@ class MasterAdamW:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _num_holders(parameter: DTensor) -> int:
+    """How many workers hold the same part of it."""
+    mesh = parameter.device_mesh
+    parts = math.prod(mesh.size(dim) for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
+    return dist.get_world_size() // parts
 
 
 def _square(tensors: list[torch.Tensor]) -> torch.Tensor:

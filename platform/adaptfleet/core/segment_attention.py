@@ -33,7 +33,7 @@ def use_segment_attention(model: PreTrainedModel) -> None:
 
 
 def takes_segments(model: PreTrainedModel) -> bool:
-    return model.config._attn_implementation == NAME
+    return model.config._attn_implementation == NAME and model.device.type == "cpu"
 
 
 def segment_mask(segment_ids_BT: torch.Tensor, dtype: torch.dtype, num_seen_by_all: int = 0) -> torch.Tensor:

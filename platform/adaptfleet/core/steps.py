@@ -67,13 +67,13 @@ def load_plan(folder: Path) -> StepPlan:
 
 
 def plan_steps(rows: Rows | Sequence[Encoded], train: TrainSpec, mixture: Mixture | None = None) -> StepPlan:
-    """Epoch after epoch in its seeded order, packed, cut into steps of `packs_per_step`.
+    """Epoch after epoch in its seeded order, packed, cut into steps of `num_packs`.
 
     Without a mixture each row comes once an epoch. Of a fraction of an epoch its order's beginning is taken.
     """
     lengths_N = rows.lengths if isinstance(rows, Rows) else np.asarray([len(row) for row in rows], dtype=np.int32)
     mixture = mixture or Mixture((len(rows),), (1.0,))
-    most_packs = None if train.max_steps is None else train.max_steps * train.packs_per_step
+    most_packs = None if train.max_steps is None else train.max_steps * train.num_packs
     tables: list[PackTable] = []
     for epoch in range(math.ceil(train.epochs)):
         order_M = mixture.epoch(epoch, train.seed)
@@ -83,4 +83,4 @@ def plan_steps(rows: Rows | Sequence[Encoded], train: TrainSpec, mixture: Mixtur
             break
     packs = PackTable.joined(tables, most_packs)
     num_tokens = int(lengths_N[packs.indices_N].sum(dtype=np.int64))
-    return StepPlan(Steps(packs, train.packs_per_step), train.pack_tokens, num_tokens, num_tokens / (len(packs) * train.pack_tokens))
+    return StepPlan(Steps(packs, train.num_packs), train.pack_tokens, num_tokens, num_tokens / (len(packs) * train.pack_tokens))

@@ -16,8 +16,10 @@ from adaptfleet.core.methods.targets import resolve_low_rank_targets
 
 
 class QLoraAdaptation(Adaptation):
+    """Sharded, each worker holds its part of the 4-bit weights and all of their scales, which bitsandbytes keeps beside them: an eighth of
+    a bit for each weight, half a bit without double quantization."""
+
     compilable = False
-    shardable = False  # bitsandbytes keeps its scales beside the weights, unsharded
 
     def __init__(self, method: QLora) -> None:
         self.method = method
@@ -26,10 +28,7 @@ class QLoraAdaptation(Adaptation):
         resolve_low_rank_targets(model, self.method.targets, self.method.rank)
 
     def attach(self, model: PreTrainedModel, seed: int) -> PeftModel:
-        layers: list[Any] = [module for module in model.modules() if _is_quantized(module)]
-        for layer in layers:
-            # bitsandbytes would repack the weights in evaluation, with scales in bfloat16: another model than was trained
-            layer.support_avx512bf16_for_cpu = False
+        keep_as_quantized(model)
         return attach_seeded(model, lora_config(model, self.method), seed)
 
     def merged(self, model: AdaptedModel) -> PreTrainedModel:
@@ -69,6 +68,16 @@ def quantization_config(method: QLora, dtype: torch.dtype) -> BitsAndBytesConfig
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,  # FSDP shards parameters of one floating type
     )
+
+
+def keep_as_quantized(model: PreTrainedModel) -> None:
+    """Call it before the model's first forward pass."""
+    layers: list[Any] = [module for module in model.modules() if _is_quantized(module)]
+    for layer in layers:
+        # bitsandbytes would repack the weights in evaluation, with scales in bfloat16: another model than was trained
+        layer.support_avx512bf16_for_cpu = False
+        # FSDP gathers the bare numbers; bitsandbytes then looks for their scales here
+        layer.quant_state = layer.weight.quant_state
 
 
 def dequantized(layer: Any) -> torch.Tensor:

@@ -85,9 +85,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_base(
-    spec: ModelSpec, dtype: torch.dtype | None = None, quantization: QuantizationConfigMixin | None = None
+    spec: ModelSpec,
+    dtype: torch.dtype | None = None,
+    quantization: QuantizationConfigMixin | None = None,
+    on: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The base on its device, frozen and in evaluation mode, its tokenizer and its revision."""
+    """The base, frozen and in evaluation mode, its tokenizer and its revision. `on`: None means this process's device."""
     folder = resolve_model_folder(spec)
     tokenizer = load_tokenizer(folder, spec.trust_remote_code)
     try:
@@ -105,6 +108,6 @@ def load_base(
     # The cache hides packed rows from transformers' mask, and one row's tokens would attend to another's.
     model.config.use_cache = False
     if quantization is None:
-        torch.nn.Module.to(model, device())
+        torch.nn.Module.to(model, on or device())
     use_segment_attention(model)
     return model.eval(), tokenizer, base_revision(folder)

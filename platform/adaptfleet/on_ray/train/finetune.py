@@ -73,7 +73,7 @@ def _describe(job: FinetuneJob, prepared: Prepared, folder: RunFolder) -> None:
     (folder.path / "failure.json").unlink(missing_ok=True)
     log.info(
         "run %s: %d rows to train on, %d held out, %d updates of %d packed rows (%.0f%% full), %s tokens",
-        job.run_name(), facts["num_train_rows"], facts["num_test_rows"], len(plan.steps), job.train.packs_per_step,
+        job.run_name(), facts["num_train_rows"], facts["num_test_rows"], len(plan.steps), job.train.num_packs,
         100 * plan.fill, f"{plan.num_tokens:,}",
     )  # fmt: skip
 

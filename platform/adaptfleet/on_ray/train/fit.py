@@ -1,7 +1,6 @@
 """The part of a fine-tune that runs on the cluster."""
 
 import os
-from typing import Any
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
@@ -11,6 +10,7 @@ from ray.train.v2.api.config import ScalingConfig  # ray.train's own name is typ
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import ClusterSpec, FinetuneJob
 from adaptfleet.on_ray.train.failures import FailureCount
+from adaptfleet.on_ray.train.places import equal_share, shortage
 from adaptfleet.on_ray.train.progress import ProgressTeller
 from adaptfleet.on_ray.train.run_folder import RunFolder
 from adaptfleet.on_ray.train.worker import train_worker
@@ -58,22 +58,18 @@ def worker_resources(cluster: ClusterSpec) -> tuple[int, float]:
     ContractError when the fewest workers asked for do not fit the cluster, now or by growing.
     """
     total, free = ray.cluster_resources(), ray.available_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     workers = cluster.min_workers
     gpus = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(total.get("GPU", 0) >= workers)
-    cpus = cluster.cpus_per_worker or max(1, int(free.get("CPU", 0)) // cluster.max_workers)
-    wanted: dict[str, Any] = {"CPU": cpus * workers, "GPU": gpus * workers}
-    limit = growable_resources(total)
-    short = [
-        f"{value:g} {name}s where the cluster has {limit.get(name, 0):g}" for name, value in wanted.items() if value > limit.get(name, 0)
-    ]
-    if short:
-        raise ContractError(f"cluster: {workers} workers want {' and '.join(short)}. Ask for fewer workers or smaller ones.")
+    cpus = cluster.cpus_per_worker or equal_share(cluster.max_workers, free.get("CPU", 0), nodes)
+    reason = shortage(workers, {"CPU": cpus, "GPU": gpus}, nodes, autoscaler_limits())
+    if reason:
+        raise ContractError(f"cluster: {reason}. Ask for fewer workers or smaller ones.")
     return cpus, gpus
 
 
-def growable_resources(total: dict[str, float]) -> dict[str, float]:
-    """What the cluster can come to have: its autoscaler's limits where there is one, else what it has."""
+def autoscaler_limits() -> dict[str, float]:
+    """What the cluster's autoscaler may come to have; empty where there is none."""
     from ray._private.state import state  # Ray Train itself asks here; there is no public way
 
-    limits = state.get_max_resources_from_cluster_config() or {}
-    return {name: max(total.get(name, 0.0), limits.get(name, 0.0)) for name in {*total, *limits}}
+    return dict(state.get_max_resources_from_cluster_config() or {})

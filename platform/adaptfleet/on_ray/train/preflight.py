@@ -22,7 +22,9 @@ from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.models.loading import base_revision, load_tokenizer, resolve_model_folder
 from adaptfleet.core.objectives import objective
+from adaptfleet.core.recomputation import check_recomputable
 from adaptfleet.core.steps import StepPlan, plan_steps
+from adaptfleet.core.tensor_parallel import check_splittable
 from adaptfleet.on_ray.data.execution import choose_execution
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.store.registry import Registry
@@ -100,8 +102,12 @@ def _answerable(dataset: DatasetIndex, numbers: RowNumbers, limit: int) -> list[
 
 
 def _check_method(folder: Path, job: FinetuneJob) -> None:
-    """Targets and ranks against the architecture, without its weights."""
+    """Targets, ranks and sharding against the architecture, without its weights."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=job.model.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=job.model.trust_remote_code)
     adaptation(job.method).check(model)
+    if job.cluster.tensor_parallel > 1:
+        check_splittable(model, job.cluster.tensor_parallel)
+    if job.train.gradient_checkpointing == "on":
+        check_recomputable(model)

@@ -20,15 +20,16 @@ from adaptfleet.core.compilation import compile_layers, should_compile
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.evaluation.held_out import answer_scores, greedy_answers, held_out_loss, held_out_preferences
 from adaptfleet.core.export import export_model
-from adaptfleet.core.loop import Trainer
+from adaptfleet.core.loop import Trainer, rows_per_pass
 from adaptfleet.core.methods.adaptation import AdaptedModel
 from adaptfleet.core.methods.choice import adaptation
-from adaptfleet.core.methods.qlora import quantization_config
-from adaptfleet.core.models.device import memory_per_worker, model_dtype
+from adaptfleet.core.methods.qlora import keep_as_quantized, quantization_config
+from adaptfleet.core.models.device import device, memory_per_worker, model_dtype
 from adaptfleet.core.models.loading import load_base
 from adaptfleet.core.objectives import Preference, objective
 from adaptfleet.core.packed_forward import PackedBatch, check_packable
-from adaptfleet.core.sharding import choose_placement, shard
+from adaptfleet.core.recomputation import recompute_layers, should_recompute
+from adaptfleet.core.sharding import choose_placement, shard, worker_mesh
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.on_ray.train.failures import PreemptedError
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
@@ -66,20 +67,31 @@ class _FinetuneWorker:
         self.sample_rows = answerable[: job.evaluation.max_sample_rows]
         self.answers: list[str] = []
         self.plan = folder.read_plan()
+        # A base that may be sharded need not fit the device whole: its layers come there one by one.
+        self.loads_on = torch.device("cpu") if self.num_workers > 1 and job.cluster.shard != "ddp" else device()
         self.model = self._adapted(check=True)
         compiled, self.compile_reason = should_compile(job.train.compile, self.plan.num_tokens)
         self.compiled = compiled and self.adaptation.compilable
         if self.compiled:
             compile_layers(self.model)
         parameters = list(self.model.parameters())
+        memory = memory_per_worker(context.get_local_world_size())
         self.placement = choose_placement(
             job.cluster.shard,
             self.num_workers,
             sum(p.numel() for p in parameters),
             sum(p.numel() for p in parameters if p.requires_grad),
             self.model.dtype.itemsize,
-            memory_per_worker(context.get_local_world_size()),
+            memory,
+            job.cluster.tensor_parallel,
         )
+        num_rows = min(rows_per_pass(job.train.pack_tokens), -(-job.train.num_packs // (self.num_workers // job.cluster.tensor_parallel)))
+        recomputes, reason = should_recompute(
+            job.train.gradient_checkpointing, self.model, num_rows * job.train.pack_tokens, self.placement.resident_bytes, memory
+        )
+        self.recompute_reason = f"gradient checkpointing {'on' if recomputes else 'off'}: {reason}"
+        if recomputes:
+            recompute_layers(self.model)
         self.objective = objective(job.objective)
         self.is_sharded = self.placement.mode == "fsdp2"
         if self.is_sharded and not self.adaptation.shardable:
@@ -87,9 +99,12 @@ class _FinetuneWorker:
                 f"method.kind {job.method.kind!r} cannot be sharded with fsdp2 ({self.placement.reason}); "
                 "use cluster.shard=ddp with larger workers, or lora."
             )
-        self.call = shard(self.model, self.num_workers) if self.is_sharded else self._call
+        mesh = worker_mesh(device().type, self.num_workers, job.cluster.tensor_parallel) if self.is_sharded else None
+        self.call = shard(self.model, mesh) if mesh else self._call
+        if not mesh and self.loads_on != device():
+            torch.nn.Module.to(self.model, device())
         pad_id = self.tokenizer.pad_token_id
-        self.trainer = Trainer(self.model, self.adaptation, job.train, self.plan, self.rows, pad_id, self.objective, self.call)
+        self.trainer = Trainer(self.model, self.adaptation, job.train, self.plan, self.rows, pad_id, self.objective, self.call, mesh)
 
     def _call(self, function: Callable[[AdaptedModel, PackedBatch], Any], batch: PackedBatch) -> Any:
         return function(self.model, batch)
@@ -97,7 +112,9 @@ class _FinetuneWorker:
     def _adapted(self, check: bool = False) -> AdaptedModel:
         method = self.job.method
         quantized = quantization_config(method, model_dtype(self.job.model)) if isinstance(method, QLora) else None
-        base, self.tokenizer, _ = load_base(at_hand(self.job.model), quantization=quantized)
+        base, self.tokenizer, _ = load_base(at_hand(self.job.model), quantization=quantized, on=self.loads_on)
+        if quantized:
+            keep_as_quantized(base)
         if check:
             longest = int(max(self.rows.lengths.max(), self.test_rows.lengths.max())) + getattr(method, "num_virtual_tokens", 0)
             check_packable(base, len(self.tokenizer), self.job.train.pack_tokens, longest)
@@ -119,7 +136,7 @@ class _FinetuneWorker:
             cost = {"redone": log.num_redone, "stopped_at": log.stopped_at, "at": time.time()}
             log.write("start", self.trainer.step, {"num_workers": self.num_workers, **cost})
         evaluated = {round(num_steps * (i + 1) / self.job.evaluation.times) for i in range(self.job.evaluation.times)}
-        reason = f"{self.compile_reason}; {self.placement.mode}: {self.placement.reason}"
+        reason = f"{self.compile_reason}; {self.placement.mode}: {self.placement.reason}; {self.recompute_reason}"
         self._say(phase="training", compiled=self.compiled, compile_reason=reason)
         num_tokens, seconds, began = 0, 0.0, time.perf_counter()
         for result in self.trainer.run():

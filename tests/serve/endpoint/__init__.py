@@ -1,0 +1,1 @@
+"""A package, so that pytest ends the endpoint after its last test."""

@@ -1,0 +1,113 @@
+"""One whole endpoint for all tests of this folder: a private Ray cluster, Serve, the door and a real engine."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from adaptfleet.contracts.artifacts import Draft, Manifest
+from adaptfleet.contracts.model import ModelSpec
+from adaptfleet.contracts.serving import ServingSpec
+from tests.serve.tiny_llama import make_adapter, make_base
+
+MAX_LEN = 256
+MAX_BYTES = 20_000
+RANKS = {"streets": 8, "people": 16, "cities": 4}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    url: str
+    key: str
+    root: Path
+    base: Path
+    revision: str
+
+    def client(self, key: str | None = None) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or self.key, max_retries=0, timeout=120)
+
+    def post(self, path: str = "/v1/completions", key: str | None = None, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, headers={"Authorization": f"Bearer {key or self.key}"}, timeout=120)
+
+    def publish(self, name: str, folder: Path, alias: str | None = "prod", **changes: Any) -> Manifest:
+        from adaptfleet.store.registry import Registry
+
+        rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+        draft = Draft(kind="adapter", name=name, base="tiny", base_revision=self.revision, method={"kind": "lora", "rank": rank})
+        return Registry.open().publish(draft.model_copy(update=changes), folder, alias)
+
+    def adapter(self, name: str, rank: int = 8, seed: int = 1, **kind: Any) -> Path:
+        return make_adapter(self.base, self.root / name, rank, seed=seed, **kind)
+
+    def answer(self, model: str, prompt: str = "Where is it? ", num_tokens: int = 12) -> list[int]:
+        """Greedy token ids."""
+        reply = self.post(model=model, prompt=prompt, max_tokens=num_tokens, temperature=0, ignore_eos=True, return_token_ids=True)
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["model"] == model
+        return list(reply.json()["choices"][0]["token_ids"])
+
+    def wait_for(self, model: str) -> None:
+        """A publication is seen within the catalog's view age."""
+        deadline = time.monotonic() + 60
+        while self.post(model=model, prompt="x", max_tokens=1).status_code == 404 and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="package")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    root = tmp_path_factory.mktemp("endpoint")
+    before = dict(os.environ)
+    for name in ("ADAPTFLEET_STORE", "ADAPTFLEET_API_KEYS", "OMP_NUM_THREADS"):
+        os.environ.pop(name, None)
+    os.environ["ADAPTFLEET_HOME"] = str(root / "home")
+    import ray
+    from ray._raylet import AuthenticationTokenLoader
+
+    from adaptfleet.core.models.loading import base_revision
+    from adaptfleet.on_ray.local_cluster import LocalCluster
+    from adaptfleet.on_ray.serve.api_keys import first_key
+    from adaptfleet.on_ray.serve.deploy import deploy, undeploy
+
+    base = make_base(root / "base")
+    spec = ServingSpec(
+        model=ModelSpec(source=str(base), dtype="float32"),
+        served_name="tiny",
+        max_loras=3,
+        max_lora_rank=16,
+        max_model_len=MAX_LEN,
+        max_request_bytes=MAX_BYTES,
+        cpus_per_replica=1,
+    )
+    try:
+        with LocalCluster.start(num_cpus=2, logs_to=root / "logs") as cluster:
+            os.environ.update(cluster.env)
+            # Ray reads a process's token once; a test before these may have joined the shared cluster with another
+            AuthenticationTokenLoader.instance().reset_cache()
+            try:
+                url = deploy(spec, port=_free_port())
+                made = Endpoint(url, first_key(), root, base, base_revision(base))
+                for seed, (name, rank) in enumerate(RANKS.items()):
+                    made.publish(name, made.adapter(name, rank, seed + 1))
+                yield made
+                undeploy()
+            finally:
+                ray.shutdown()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -39,7 +39,7 @@ class WeightOnly(Spec):
     symmetric: bool = True
     """False: a zero point for each group too."""
     algorithm: Literal["rtn", "gptq", "awq"] = "rtn"
-    """Round to nearest; GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978, which llm-compressor runs on a GPU alone."""
+    """Round to nearest; GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978."""
 
     @property
     def needs_data(self) -> bool:

@@ -107,7 +107,7 @@ def _pass(
     def watch(add: Callable[[torch.Tensor, torch.Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             values = arguments[0]
-            values.register_hook(lambda gradient: add(values.detach()[0].float(), gradient[0].float()))
+            values.register_hook(lambda gradient: add(values.detach().flatten(0, -2).float(), gradient.flatten(0, -2).float()))
 
         return before
 

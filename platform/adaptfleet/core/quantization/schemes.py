@@ -44,7 +44,10 @@ def modifiers(spec: Quantize, bits_of: Mapping[str, int] | None = None) -> list[
     arguments: dict[str, Any] = {"config_groups": {f"group_{i}": group for i, group in enumerate(groups)}, "ignore": [_HEAD]}
     if spec.kv_cache == "fp8":
         arguments["kv_cache_scheme"] = _KV_FP8
-    name = {"rtn": "QuantizationModifier", "gptq": "GPTQModifier", "awq": "AWQModifier"}[algorithm]
+    if algorithm == "awq":
+        # it scales the weights; rounding them is the next one's part
+        found.append({"name": "AWQModifier", "arguments": {"duo_scaling": "both"}})
+    name = "GPTQModifier" if algorithm == "gptq" else "QuantizationModifier"
     found.append({"name": name, "arguments": arguments})
     ends = [_w8a8([_HEAD])] if spec.head == "w8a8" else []
     if spec.embedding != "keep":

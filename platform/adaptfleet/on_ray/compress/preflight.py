@@ -12,13 +12,12 @@ from adaptfleet.contracts.compression import CompressJob, Prune, Publish, Quanti
 from adaptfleet.contracts.data import DataSpec
 from adaptfleet.contracts.errors import AdaptfleetError, ContractError, DataError, StoreError
 from adaptfleet.contracts.home import home, store_url
-from adaptfleet.contracts.schemes import Mixed, WeightOnly
+from adaptfleet.contracts.schemes import Mixed
 from adaptfleet.contracts.serving import ServingSpec
 from adaptfleet.core.data.datasets import open_dataset
 from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.sample_order import epoch_order
-from adaptfleet.core.models.device import device
 from adaptfleet.core.models.loading import base_revision, load_tokenizer, resolve_model_folder
 from adaptfleet.core.pruning.layout import planned_sizes
 from adaptfleet.core.pruning.slicing import planned_config
@@ -108,11 +107,6 @@ def _planned(job: CompressJob, config: PretrainedConfig, full: Shapes) -> Shapes
         return shapes
     check_fit(shapes, quantize, job.target)
     scheme = quantize.scheme
-    if isinstance(scheme, WeightOnly) and scheme.algorithm == "awq" and device().type == "cpu":
-        raise ContractError(
-            "quantize: algorithm is 'awq', but llm-compressor 0.14 runs AWQ on an accelerator alone, and this machine has none. "
-            "Use gptq or rtn here, or run the job where a GPU is."
-        )
     if isinstance(scheme, Mixed):
         ends = end_bytes(shapes, quantize)
         least, most = (

@@ -155,9 +155,10 @@ def test_padding_and_neighbours_change_no_score() -> None:
     torch.testing.assert_close(together.mlp_LC["activation"], mean, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("share", "multiple", "left"), [(0.2, 64, 1216), (0.2, 128, 1280), (0.99, 64, 64), (0.01, 64, 1536), (0, 64, 1536)]
-)
+WIDTHS = [(0.2, 64, 1216), (0.2, 128, 1280), (0.99, 64, 64), (0.01, 64, 1536), (0, 64, 1536)]
+
+
+@pytest.mark.parametrize(("share", "multiple", "left"), WIDTHS)
 def test_widths_are_multiples(share: float, multiple: int, left: int) -> None:
     config = CONFIGS["llama"].__class__(**{**CONFIGS["llama"].to_dict(), "intermediate_size": 1536})
     assert planned_sizes(config, Prune(mlp_width=share, round_to=multiple)).mlp_width == left  # type: ignore[arg-type]

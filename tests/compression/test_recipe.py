@@ -58,15 +58,13 @@ def rounding(**scheme: object) -> dict[str, object]:
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_bits_that_a_cpu_cannot_serve(bits: int) -> None:
     scheme = rounding(kind="weight-only", bits=bits)
-    with pytest.raises(
-        ContractError, match=rf"bits is {bits}, but vLLM's CPU kernel takes 4-bit weights alone; allowed: bits 4, or kind w8a8"
-    ):
+    with pytest.raises(ContractError, match=rf"bits is {bits}, but vLLM's CPU kernel takes 4-bit weights alone; allowed: bits 4, or"):
         recipe(scheme)
     measured = recipe(scheme, quality_only=True, proof={"engine": False})
     assert measured.quality_only
     with pytest.raises(ContractError, match="nothing is published"):
         recipe(scheme, PUBLISH, quality_only=True, proof={"engine": False})
-    with pytest.raises(ContractError, match="proof.engine is true"):
+    with pytest.raises(ContractError, match=r"proof\.engine is true"):
         recipe(scheme, quality_only=True)
 
 

@@ -30,9 +30,8 @@ def main(request: dict[str, Any]) -> None:
     if request["untie"]:
         _untie(model)
     llmcompressor: Any = importlib.import_module("llmcompressor")
-    sources = [
-        importlib.import_module(f"llmcompressor.modifiers.{name}") for name in ("quantization", "transform.awq", "transform.smoothquant")
-    ]
+    places = ("quantization", "transform.awq", "transform.smoothquant")
+    sources = [importlib.import_module(f"llmcompressor.modifiers.{place}") for place in places]
     recipe = [
         next(getattr(source, step["name"]) for source in sources if hasattr(source, step["name"]))(**step["arguments"])
         for step in request["modifiers"]

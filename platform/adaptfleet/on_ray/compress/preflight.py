@@ -91,7 +91,7 @@ def prepare(job: CompressJob, registry: Registry) -> Prepared:
         except DataError as error:
             offenders.append(DataError(f"proof.{domain}: {error}"))
     try:
-        check_disk(job, full, shapes)
+        check_disk(job, shapes)
     except StoreError as error:
         offenders.append(error)
     if offenders:
@@ -130,12 +130,11 @@ def _held_out(spec: DataSpec, fetch: Any, max_rows: int) -> list[Example]:
     return index.examples_at(index.test[order])
 
 
-def check_disk(job: CompressJob, full: Shapes, shapes: Shapes) -> None:
-    """StoreError, with the exact numbers, where the steps' checkpoints and the published copy do not fit."""
+def check_disk(job: CompressJob, shapes: Shapes) -> None:
+    """StoreError, with the exact numbers, where the steps' checkpoints and the published copy do not fit. `shapes`: after pruning."""
     quantize = job.step(Quantize)
     steps = {"prune": dense_bytes(shapes), "recover": dense_bytes(shapes) // 10, "merge": dense_bytes(shapes)}
     if quantize:
-        # the quantizer's whole model passes through the disk where the head gets weights of its own
         steps["quantize"] = planned_bytes(shapes, quantize)
     made = {step.kind: steps[step.kind] + _TOKENIZER_BYTES for step in job.steps if step.kind in steps}
     last = list(made.values())[-1]

@@ -8,7 +8,8 @@ import yaml
 
 from adaptfleet.contracts.artifacts import Manifest
 from adaptfleet.contracts.compression import CompressJob
-from adaptfleet.core.reports.page import Section, facts, folded, page, table, tiles
+from adaptfleet.core.reports.bars import Bar, bar_chart
+from adaptfleet.core.reports.page import Section, charts, facts, folded, page, table, tiles
 from adaptfleet.on_ray.compress.engine_proof import BATCHES
 from adaptfleet.on_ray.compress.preflight import Prepared
 from adaptfleet.on_ray.compress.proof import Proof, speed_ratio
@@ -32,12 +33,28 @@ def report(job: CompressJob, prepared: Prepared, proof: Proof, manifest: Manifes
     glance += [(f"perplexity ratio, {domain.replace('_', ' ')}", f"{ratio.value:.3f}") for domain, ratio in proof.perplexity_ratio.items()]
     glance += [(f"decode speed ratio, batch {b}", f"{metrics[f'decode_speed_ratio_b{b}']:.2f}") for b in BATCHES if proof.result.engine]
     sections = [
+        Section("Beside the parent", _beside(proof)),
         Section("Quality on held-out rows", _quality(proof)),
         Section("In the engine", _engine(proof)),
         Section("Lineage", _lineage(prepared, manifest)),
         Section("Contract", folded("the resolved contract", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False))),
     ]
     return page(manifest.reference if manifest else job.run_name(), subtitle, tiles(glance), sections)
+
+
+def _beside(proof: Proof) -> str:
+    """Everything over the parent's, which is 1."""
+    quality = [Bar(domain.replace("_", " "), r.value, r.low, r.high) for domain, r in proof.perplexity_ratio.items()]
+    drawn = [bar_chart("perplexity over the parent's, 95% intervals", quality, line=1.0)]
+    sizes = [Bar("bytes on disk", proof.result.num_bytes / proof.parent.num_bytes)]
+    ours, parents = proof.result.engine, proof.parent.engine
+    if ours and parents:
+        sizes.append(Bar("memory", ours.memory_bytes / parents.memory_bytes))
+        sizes.append(Bar("time to first token", ours.time_to_first_token_s / parents.time_to_first_token_s))
+        drawn.append(
+            bar_chart("decode speed over the parent's", [Bar(f"batch {b}", speed_ratio(ours, parents, b)) for b in BATCHES], line=1.0)
+        )
+    return charts([*drawn, bar_chart("size and latency over the parent's", sizes, line=1.0)])
 
 
 def _quality(proof: Proof) -> str:

@@ -65,6 +65,7 @@ def compression_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     (home / "environments").symlink_to(TEST_HOME / "environments")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADAPTFLEET_HOME", str(home))
+        patch.delenv("RAY_ADDRESS", raising=False)  # these files compute in their own process
         yield home
 
 

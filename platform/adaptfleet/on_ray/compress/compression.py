@@ -12,6 +12,7 @@ from adaptfleet.contracts.home import home
 from adaptfleet.core.quantization.calibration import rows_sha256
 from adaptfleet.core.quantization.environment import quantizer_python
 from adaptfleet.on_ray.compress import steps
+from adaptfleet.on_ray.compress.placement import placed
 from adaptfleet.on_ray.compress.preflight import Prepared, prepare, recovery_data
 from adaptfleet.on_ray.compress.proof import Proof, prove
 from adaptfleet.on_ray.compress.recipe_folder import Made, made_once, next_key, write_json
@@ -40,7 +41,7 @@ def run_compression(job: CompressJob) -> str:
     run = _open_run(job)
     write_json(run / "contract.json", job.model_dump(mode="json"))
     made = make(job, prepared)
-    proof = prove(job, prepared, made.folder)
+    proof = placed(prove, job, prepared, made.folder)
     write_json(run / "proof.json", proof.as_json())
     manifest = _publish(job, publish, prepared, made, proof, registry) if publish else None
     log.info("report: %s", write_report(run, job, prepared, proof, manifest))
@@ -66,16 +67,16 @@ def _make_step(job: CompressJob, prepared: Prepared, step: Step, base: Made, mad
     match step:
         case Prune():
             key = next_key(made.key, step, rows=rows)
-            return made_once("prune", key, lambda out: steps.prune(made.folder, out, step, prepared.calibration))
+            return made_once("prune", key, lambda out: placed(steps.prune, made.folder, out, step, prepared.calibration))
         case Recover():
             key = next_key(made.key, step, data=recovery_data(job, step).fingerprint())
             finetune = steps.recovery_job(job, step, made.folder, key)
             return made_once("recover", key, lambda out: steps.recover(out, finetune))
         case Merge():
-            return made_once("merge", next_key(made.key, step), lambda out: steps.merge(base.folder, made.folder, out))
+            return made_once("merge", next_key(made.key, step), lambda out: placed(steps.merge, base.folder, made.folder, out))
         case Quantize():
             key = next_key(made.key, step, rows=rows, budget_of=str(prepared.parent_bytes))
-            return made_once("quantize", key, lambda out: steps.round_weights(made.folder, out, step, prepared))
+            return made_once("quantize", key, lambda out: placed(steps.round_weights, made.folder, out, step, prepared))
         case Publish():
             return made
         case _:

@@ -102,7 +102,7 @@ def measure_recipe(name: str) -> dict[str, Any]:
         "run": name.replace("_", "-"),
         "calibration": {"data": {"train": str(files["train"]), "test": str(files["test"])}, "num_rows": 64},
         "steps": RECIPES[name],
-        "proof": {"out_of_domain": {"train": str(files["other"]), "test": str(files["other_test"])}, "max_rows": 48},
+        "proof": {"out_of_domain": {"train": str(files["other"]), "test": str(files["other_test"])}, "max_rows": 32},
     }
     job = parse_contract(CompressJob, yaml.safe_dump(values))
     shutil.rmtree(home() / "runs" / job.run_name(), ignore_errors=True)

@@ -11,12 +11,20 @@ from typing import Any
 import pytest
 import yaml
 
+from adaptfleet.contracts.evaluating import EvaluateJob
 from adaptfleet.on_ray.compress.recipe_folder import steps_folder
+from adaptfleet.on_ray.evaluate.subjects import resolve_subjects
 from adaptfleet.store.registry import Registry
 from tests.conftest import TEST_HOME
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 500
+RECOVER = {
+    "kind": "recover",
+    "method": {"kind": "lora", "rank": 8},
+    "train": {"epochs": 4, "pack_tokens": 64, "packs_per_step": 2, "learning_rate": 0.01, "compile": "off"},
+    "cluster": {"cpus_per_worker": 1},
+}
 
 
 def started(job: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
@@ -48,14 +56,10 @@ def test_the_whole_road_and_a_kill_on_the_way(embedded_home: Path, small_base: P
         "proof": {"max_rows": 8, "num_resamples": 200, "rounds": 1},
         "steps": [
             {"kind": "prune", "mlp_width": 0.4, "importance": "taylor"},
-            {
-                "kind": "recover",
-                "method": {"kind": "lora", "rank": 8},
-                "train": {"epochs": 4, "pack_tokens": 64, "packs_per_step": 2, "learning_rate": 0.01, "compile": "off"},
-                "cluster": {"cpus_per_worker": 1},
-            },
+            RECOVER,
             "merge",
             {"kind": "quantize", "scheme": {"kind": "w8a8"}},
+            {**RECOVER, "method": {"kind": "lora", "rank": 4}},
             {"kind": "publish", "name": "chain"},
         ],
     }
@@ -81,3 +85,8 @@ def test_the_whole_road_and_a_kill_on_the_way(embedded_home: Path, small_base: P
     assert metrics["engine_parity"] == pytest.approx(1, abs=0.01)
     assert metrics["perplexity_ratio_in_domain"] < 0.7, "healed on its own domain, it beats the parent"
     assert metrics["decode_tokens_per_s_b16"] > 0 and metrics["kv_cache_tokens"] > 1000 and metrics["bytes_ratio"] < 0.6
+    assert metrics["perplexity_ratio_in_domain_recovered"] < metrics["perplexity_ratio_in_domain"]
+    adapter = Registry.open().resolve("chain-recovery")
+    assert adapter.base == "chain" and adapter.parents == ("chain@1",)
+    subjects = EvaluateJob.model_validate({"subjects": ["base", "chain-recovery"], "model": {"source": "chain"}})
+    assert resolve_subjects(subjects, Registry.open())[1].target.adapter, "it fits the published model's revision"

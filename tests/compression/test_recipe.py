@@ -23,6 +23,8 @@ def recipe(*steps: object, **keys: object) -> CompressJob:
         (PRUNE, QUANTIZE, PUBLISH),
         (PRUNE, RECOVER, "merge"),
         (PRUNE, RECOVER, "merge", QUANTIZE, PUBLISH),
+        (QUANTIZE, RECOVER, PUBLISH),
+        (PRUNE, RECOVER, "merge", QUANTIZE, RECOVER, PUBLISH),
         ({"kind": "prune"}, PUBLISH),  # ratio 0: a search must hold it
     ],
     ids=lambda steps: "-".join(s if isinstance(s, str) else s["kind"] for s in steps),
@@ -34,10 +36,14 @@ def test_legal_orders(steps: tuple[object, ...]) -> None:
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ((QUANTIZE, PRUNE), r"the order is quantize, prune; allowed is each of prune, recover, merge, quantize, publish at most once"),
+        (
+            (QUANTIZE, PRUNE),
+            r"the order is quantize, prune; allowed is prune, recover, merge, quantize, recover, publish, each left",
+        ),
         ((PUBLISH, QUANTIZE), r"the order is publish, quantize"),
-        ((QUANTIZE, QUANTIZE), r"quantize stands more than once"),
-        ((PRUNE, QUANTIZE, PRUNE), r"prune stands more than once and the order is prune, quantize, prune"),
+        ((QUANTIZE, QUANTIZE), r"the order is quantize, quantize"),
+        ((PRUNE, RECOVER, RECOVER, "merge"), r"the order is prune, recover, recover, merge"),
+        ((QUANTIZE, RECOVER, "merge"), r"the order is quantize, recover, merge"),
         ((RECOVER, "merge", QUANTIZE), r"recover has nothing to heal: write prune before it"),
         ((PRUNE, RECOVER, QUANTIZE), r"write merge after it"),
         ((PRUNE, "merge"), r"merge has no adapter to fold in"),

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from adaptfleet.contracts.artifacts import ArtifactKind
 from adaptfleet.contracts.base import Spec
 from adaptfleet.contracts.data import DataSpec
 from adaptfleet.contracts.jobs import ClusterSpec, TrainSpec
@@ -14,7 +15,7 @@ from adaptfleet.contracts.objectives import Objective, Sft
 from adaptfleet.contracts.schemes import W8A8, Scheme, Target
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-ORDER = ("prune", "recover", "merge", "quantize", "publish")
+ORDER = ("prune", "recover", "merge", "quantize", "recover", "publish")
 
 
 class Prune(Spec):
@@ -37,8 +38,9 @@ class Prune(Spec):
 
 
 class Recover(Spec):
-    """Training that heals what pruning broke, through the fine-tuning job's own trainer. Rows need their whole text in the loss, so `text`
-    rows heal best."""
+    """Training that heals what pruning or rounding broke, through the fine-tuning job's own trainer; `text` rows, whose every token counts,
+    heal best. Before `merge` the adapter is folded in; after `quantize` it stays an adapter, published as `NAME-recovery` and served on the
+    rounded model."""
 
     kind: Literal["recover"] = "recover"
     method: Lora = Lora()
@@ -127,7 +129,7 @@ class CompressJob(Spec):
     """Allow schemes that the target cannot serve, to measure their quality. Nothing is published."""
     calibration: CalibrationSpec = CalibrationSpec()
     steps: Annotated[tuple[Step, ...], Field(strict=False, min_length=1)]
-    """In this order, each at most once: prune, recover, merge, quantize, publish. The result is always measured."""
+    """In this order, each left out or not: prune, recover, merge, quantize, recover, publish. The result is always measured."""
     proof: ProofSpec = ProofSpec()
 
     @model_validator(mode="before")
@@ -141,24 +143,30 @@ class CompressJob(Spec):
     @model_validator(mode="after")
     def _in_legal_order(self) -> "CompressJob":
         kinds = [step.kind for step in self.steps]
+        rounded_at = kinds.index("quantize") if "quantize" in kinds else len(kinds)
+        early = kinds[:rounded_at].count("recover")
+        places = iter(ORDER)
+        if early > 1 or not all(kind in places for kind in kinds):
+            raise ValueError(
+                f"steps: the order is {', '.join(kinds)}; allowed is {', '.join(ORDER)}, each left out or not: recover before merge heals "
+                "what is pruned, recover after quantize heals what is rounded"
+            )
         wrong: list[str] = []
-        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
-        if twice:
-            wrong.append(f"{', '.join(twice)} stands more than once")
-        if kinds != sorted(kinds, key=ORDER.index):
-            wrong.append(f"the order is {', '.join(kinds)}")
-        if wrong:
-            raise ValueError(f"steps: {' and '.join(wrong)}; allowed is each of {', '.join(ORDER)} at most once, in this order")
-        if "recover" in kinds and "prune" not in kinds:
-            wrong.append("recover has nothing to heal: write prune before it, or use jobs/finetune.py")
-        if "recover" in kinds and "merge" not in kinds:
-            wrong.append("recover leaves an adapter, which is neither rounded nor published by this job: write merge after it")
-        if "merge" in kinds and "recover" not in kinds:
+        if early and "prune" not in kinds:
+            wrong.append("recover has nothing to heal: write prune before it, write it after quantize, or use jobs/finetune.py")
+        if early and "merge" not in kinds:
+            wrong.append("recover leaves an adapter, which is not rounded: write merge after it")
+        if "merge" in kinds and not early:
             wrong.append("merge has no adapter to fold in: write recover before it, or leave merge out")
         if not {"prune", "quantize"} & set(kinds):
             wrong.append("nothing is compressed: write prune or quantize")
         if self.quality_only and "publish" in kinds:
             wrong.append("quality_only measures what cannot be served, so nothing is published: leave publish or quality_only out")
+        wrong += [
+            f"{name!r} would be published, which is longer than the 64 characters of a name"
+            for name in self.published_names()
+            if len(name) > 64
+        ]
         if wrong:
             raise ValueError("steps: " + "; ".join(wrong))
         return self
@@ -176,6 +184,16 @@ class CompressJob(Spec):
     def step(self, kind: type) -> Any | None:
         """The recipe's step of this class."""
         return next((step for step in self.steps if isinstance(step, kind)), None)
+
+    def published_names(self) -> dict[SafeName, ArtifactKind]:
+        """What the job publishes, by name."""
+        publish = self.step(Publish)
+        if publish is None:
+            return {}
+        names: dict[SafeName, ArtifactKind] = {publish.name: "model"}
+        if [step.kind for step in self.steps[-2:]] == ["recover", "publish"]:
+            names[f"{publish.name}-recovery"] = "adapter"
+        return names
 
     def run_name(self) -> str:
         publish = self.step(Publish)

@@ -9,6 +9,7 @@ from adaptfleet.contracts.artifacts import Draft, Manifest
 from adaptfleet.contracts.compression import CompressJob, Merge, Prune, Publish, Quantize, Recover, Step
 from adaptfleet.contracts.errors import TrainingError
 from adaptfleet.contracts.home import home
+from adaptfleet.core.models.loading import base_revision
 from adaptfleet.core.quantization.calibration import rows_sha256
 from adaptfleet.core.quantization.environment import quantizer_python
 from adaptfleet.on_ray.compress import steps
@@ -40,25 +41,30 @@ def run_compression(job: CompressJob) -> str:
         quantizer_python()
     run = _open_run(job)
     write_json(run / "contract.json", job.model_dump(mode="json"))
-    made = make(job, prepared)
-    proof = placed(prove, job, prepared, made.folder)
+    made, recovery = make(job, prepared)
+    proof = placed(prove, job, prepared, made.folder, recovery.folder if recovery else None)
     write_json(run / "proof.json", proof.as_json())
     manifest = _publish(job, publish, prepared, made, proof, registry) if publish else None
+    if manifest and recovery:
+        _publish_recovery(job, manifest, made, recovery, proof, registry)
     log.info("report: %s", write_report(run, job, prepared, proof, manifest))
     for name, value in proof.metrics().items():
         log.info("  %s %.5g", name, value)
     return manifest.reference if manifest else str(made.folder)
 
 
-def make(job: CompressJob, prepared: Prepared) -> Made:
-    """The checkpoint that the steps make; those that were made before are taken as they are."""
+def make(job: CompressJob, prepared: Prepared) -> tuple[Made, Made | None]:
+    """The checkpoint that the steps make, and the adapter of a recovery after it; steps that were made before are taken as they are."""
     made = base = Made(prepared.folder, prepared.revision)
+    is_adapter = False
     for number, step in enumerate(job.steps, 1):
         log.info("step %d of %d: %s", number, len(job.steps), step.kind)
         before, made = made, _make_step(job, prepared, step, base, made)
         if step.kind == "recover":
-            base = before
-    return made
+            base, is_adapter = before, True
+        elif step.kind != "publish":
+            is_adapter = False
+    return (base, made) if is_adapter else (made, None)
 
 
 def _make_step(job: CompressJob, prepared: Prepared, step: Step, base: Made, made: Made) -> Made:
@@ -116,3 +122,20 @@ def _publish(job: CompressJob, publish: Publish, prepared: Prepared, made: Made,
     manifest = registry.publish(draft, made.folder, publish.alias)
     log.info("published %s", manifest.reference)
     return manifest
+
+
+def _publish_recovery(job: CompressJob, model: Manifest, made: Made, recovery: Made, proof: Proof, registry: Registry) -> None:
+    """The adapter that heals the rounded model, bound to its revision."""
+    step = next(step for step in reversed(job.steps) if isinstance(step, Recover))
+    draft = Draft(
+        kind="adapter",
+        name=next(name for name, kind in job.published_names().items() if kind == "adapter"),
+        base=model.name,
+        base_revision=base_revision(made.folder),
+        method=step.method.model_dump(mode="json"),
+        parents=(model.reference,),
+        contract_fingerprint=job.fingerprint(),
+        metrics={f"perplexity_ratio_{domain}": ratio.value for domain, ratio in proof.recovered.items()},
+        libraries=model.libraries,
+    )
+    log.info("published %s", registry.publish(draft, recovery.folder).reference)

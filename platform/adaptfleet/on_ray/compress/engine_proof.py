@@ -22,6 +22,7 @@ from adaptfleet.contracts.serving import ServingSpec
 
 BATCHES = (1, 16)
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
+MAX_TOKENS = 1024
 _SHOWN_LINES = 8
 
 
@@ -63,6 +64,13 @@ def engine_proof(folder: Path, dtype: str, rows: Sequence[tuple[list[int], list[
     return EngineProof(**found)
 
 
+def longest(folder: Path) -> int:
+    """Tokens of a sequence here: enough to measure, and no more than the model has positions."""
+    from transformers import AutoConfig
+
+    return min(MAX_TOKENS, getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or MAX_TOKENS)
+
+
 def measure(request: dict[str, Any]) -> EngineProof:
     from adaptfleet.on_ray.serve.engine import set_environment
 
@@ -80,7 +88,7 @@ def measure(request: dict[str, Any]) -> EngineProof:
     llm = LLM(
         request["folder"],
         dtype=request["dtype"],
-        max_model_len=1024,
+        max_model_len=longest(Path(request["folder"])),
         max_num_seqs=max(BATCHES),
         enforce_eager=spec.enforce_eager,
         skip_tokenizer_init=True,

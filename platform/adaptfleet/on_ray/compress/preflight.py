@@ -1,6 +1,7 @@
 """Everything about a recipe that can be wrong is found here, before anything is computed."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,7 @@ def prepare(job: CompressJob, registry: Registry) -> Prepared:
     """Model, recipe, data and disk held against each other; the faults of all are reported together."""
     offenders: list[AdaptfleetError] = []
     base = ServingSpec(model=job.model).base_id()
-    publish = job.step(Publish)
-    if publish and publish.name == base:
-        offenders.append(ContractError(f"publish.name is {base!r}, the parent's own id; give the result another name."))
+    offenders += _name_offenders(job, base, registry)
     folder = resolve_model_folder(at_hand(job.model, registry))
     if is_compressed(folder):
         raise ContractError(f"model.source {job.model.source!r} is rounded already. Name the checkpoint that it was made from.")
@@ -97,6 +96,19 @@ def prepare(job: CompressJob, registry: Registry) -> Prepared:
     if offenders:
         raise type(offenders[0])("\n".join(dict.fromkeys(map(str, offenders))))
     return Prepared(base, folder, base_revision(folder), tokenizer, shapes, dense_bytes(full), calibration, held_out)
+
+
+def _name_offenders(job: CompressJob, base: str, registry: Registry) -> Iterator[ContractError]:
+    for name, kind in job.published_names().items():
+        if name == base:
+            yield ContractError(f"publish.name is {base!r}, the parent's own id; give the result another name.")
+        listing = registry.snapshot().get(name)
+        if listing is not None and listing.versions:
+            known = registry.manifest(name, listing.versions[-1]).kind
+            if known != kind:
+                yield ContractError(
+                    f"{name} is of the kind {known}, not {kind}: versions of one name share a kind. Choose another publish.name."
+                )
 
 
 def _planned(job: CompressJob, config: PretrainedConfig, full: Shapes) -> Shapes:

@@ -15,14 +15,13 @@ from adaptfleet.core.data.examples import Example
 from adaptfleet.core.evaluation.intervals import Interval, Ratio, confidence_interval
 from adaptfleet.core.evaluation.row_scores import RowResult, metrics_of
 from adaptfleet.core.models.device import device, model_dtype
-from adaptfleet.on_ray.compress.engine_proof import BATCHES, EngineProof, engine_proof
+from adaptfleet.on_ray.compress.engine_proof import BATCHES, EngineProof, engine_proof, longest
 from adaptfleet.on_ray.compress.preflight import Prepared
 from adaptfleet.on_ray.evaluate.local_models import score_local_model
 from adaptfleet.on_ray.evaluate.progress import ProgressLine
 from adaptfleet.on_ray.evaluate.subjects import LocalModel
 
 _PARITY_ROWS = 12
-_MAX_PARITY_TOKENS = 1000
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Proof:
     result: Measured
     perplexity_ratio: dict[str, Interval]
     """By domain: the result's over the parent's, drawn in pairs."""
+    recovered: dict[str, Interval]
+    """The same of the result with the adapter of its recovery on; empty where there is none."""
 
     def metrics(self) -> dict[str, float]:
         """Flat, for the manifest."""
@@ -62,6 +63,7 @@ class Proof:
                 f"perplexity_ratio_{domain}_low": ratio.low,
                 f"perplexity_ratio_{domain}_high": ratio.high,
             }
+        found |= {f"perplexity_ratio_{domain}_recovered": ratio.value for domain, ratio in self.recovered.items()}
         ours, parents = self.result.engine, self.parent.engine
         if ours and parents:
             found |= {
@@ -89,14 +91,20 @@ def speed_ratio(ours: EngineProof, parents: EngineProof, batch: int) -> float:
     return ours.tokens_per_s[batch] / parents.tokens_per_s[batch]
 
 
-def prove(job: CompressJob, prepared: Prepared, folder: Path) -> Proof:
+def prove(job: CompressJob, prepared: Prepared, folder: Path, adapter: Path | None = None) -> Proof:
+    """Of the checkpoint in `folder`, and of its perplexity with the adapter of a recovery on it."""
     parent, parents_rows = measure_checkpoint(job, "parent", prepared.folder, prepared)
     result, results_rows = measure_checkpoint(job, "result", folder, prepared)
-    ratios = {
-        domain: confidence_interval(perplexity_ratio(parents_rows[domain], results_rows[domain]), job.proof.num_resamples)
-        for domain in parents_rows
-    }
-    return Proof(parent, result, ratios)
+    recovered_rows: dict[str, list[RowResult]] = {}
+    if adapter is not None:
+        for domain, examples in prepared.held_out.items():
+            recovered_rows[domain] = _scored(job, f"recovered, {domain}", folder, examples, adapter)
+
+    def ratios(rows: dict[str, list[RowResult]]) -> dict[str, Interval]:
+        drawn = {domain: perplexity_ratio(parents_rows[domain], scored) for domain, scored in rows.items()}
+        return {domain: confidence_interval(ratio, job.proof.num_resamples) for domain, ratio in drawn.items()}
+
+    return Proof(parent, result, ratios(results_rows), ratios(recovered_rows))
 
 
 def perplexity_ratio(parents: Sequence[RowResult], results: Sequence[RowResult]) -> Ratio:
@@ -118,7 +126,8 @@ def measure_checkpoint(job: CompressJob, label: str, folder: Path, prepared: Pre
     engine = parity = None
     if job.proof.engine:
         encoded = encode_all(prepared.held_out["in_domain"], prepared.tokenizer, 2**31)
-        shown = [i for i, row in enumerate(encoded) if len(row) <= _MAX_PARITY_TOKENS][:_PARITY_ROWS]
+        # one token is generated too
+        shown = [i for i, row in enumerate(encoded) if len(row) < longest(folder)][:_PARITY_ROWS]
         spec = ModelSpec(source=str(folder), dtype=job.model.dtype)
         dtype = str(model_dtype(spec)).removeprefix("torch.")
         engine = engine_proof(folder, dtype, [_row(encoded[i]) for i in shown], job.proof.threads, job.proof.rounds)
@@ -128,14 +137,14 @@ def measure_checkpoint(job: CompressJob, label: str, folder: Path, prepared: Pre
     return Measured(weights_bytes(folder), quality, engine, parity), rows
 
 
-def _scored(job: CompressJob, label: str, folder: Path, examples: list[Example]) -> list[RowResult]:
+def _scored(job: CompressJob, label: str, folder: Path, examples: list[Example], adapter: Path | None = None) -> list[RowResult]:
     evaluation = EvaluateJob(
         subjects=(BaseSubject(),), answers=job.proof.answers, perplexity=True, max_new_tokens=job.proof.max_new_tokens, record=False
     )
     progress = ProgressLine(label)
     try:
-        target = LocalModel(ModelSpec(source=str(folder), dtype=job.model.dtype, trust_remote_code=job.model.trust_remote_code))
-        return score_local_model(target, examples, evaluation, progress.tell).rows
+        spec = ModelSpec(source=str(folder), dtype=job.model.dtype, trust_remote_code=job.model.trust_remote_code)
+        return score_local_model(LocalModel(spec, adapter), examples, evaluation, progress.tell).rows
     finally:
         progress.close()
 

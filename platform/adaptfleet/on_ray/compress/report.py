@@ -45,6 +45,7 @@ def report(job: CompressJob, prepared: Prepared, proof: Proof, manifest: Manifes
 def _beside(proof: Proof) -> str:
     """Everything over the parent's, which is 1."""
     quality = [Bar(domain.replace("_", " "), r.value, r.low, r.high) for domain, r in proof.perplexity_ratio.items()]
+    quality += [Bar(f"{domain.replace('_', ' ')}, recovered", r.value, r.low, r.high) for domain, r in proof.recovered.items()]
     drawn = [bar_chart("perplexity over the parent's, 95% intervals", quality, line=1.0)]
     sizes = [Bar("bytes on disk", proof.result.num_bytes / proof.parent.num_bytes)]
     ours, parents = proof.result.engine, proof.parent.engine

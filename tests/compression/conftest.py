@@ -15,7 +15,8 @@ from tests.training.conftest import VOCABULARY, make_tokenizer, write_sums
 _SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 256}
 _GATED = {**_SHAPE, "intermediate_size": 192, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 2}
 CONFIGS = {
-    "llama": LlamaConfig(**_GATED, tie_word_embeddings=True),
+    # heads of 32: the least that vLLM attends with on a CPU
+    "llama": LlamaConfig(**_GATED, head_dim=32, tie_word_embeddings=True),
     "llama with biases": LlamaConfig(**_GATED, attention_bias=True, mlp_bias=True),
     "mistral": MistralConfig(**_GATED),
     "qwen2": Qwen2Config(**_GATED),

@@ -77,6 +77,7 @@ SCHEMES: dict[str, tuple[Quantize, float, float]] = {
     "static, smoothed": (Quantize(scheme=W8A8(activations="static", smoothquant=0.5)), 0, 9),
     "gptq of 8 bits": (Quantize(scheme=W8A8(algorithm="gptq")), 0.001, 0.03),
     "rtn": (Quantize(scheme=WeightOnly()), 0.04, 0.12),
+    "some kept": (Quantize(scheme=WeightOnly(algorithm="gptq"), keep=("layers.1.mlp.down_proj", "o_proj")), 0, 0.25),
     "zero points": (Quantize(scheme=WeightOnly(symmetric=False)), 0.04, 0.12),
     "groups of 64": (Quantize(scheme=WeightOnly(group_size=64, algorithm="gptq")), 0.04, 0.25),
     "awq": (Quantize(scheme=WeightOnly(algorithm="awq")), 0, 9),
@@ -94,6 +95,9 @@ def test_schemes(compression_home: Path, small_base: Path, tmp_path: Path, name:
     # smoothing and AWQ move scales between layers: the weights are others, what the model computes is not
     assert all(low <= error < high for key, error in found.items() if "proj" in key)
     check_sizes(small_base, tmp_path / "out", spec)
+    if spec.keep:
+        unchanged = [key for key, error in found.items() if not error and "proj" in key]
+        assert unchanged == [key for key in found if "o_proj" in key or "layers.1.mlp.down_proj" in key]
     ids = torch.tensor([make_rows()[0].input_ids])
     whole = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32)
     with torch.no_grad():
@@ -161,6 +165,8 @@ def test_inputs_are_rounded_token_by_token() -> None:
             576,
             r"128 does not divide the inputs of q_proj \(576\).*Use group_size 32 or 64",
         ),
+        (Quantize(keep=("downproj",)), 64, r"keep: 'downproj' match no linear module. Did you mean 'down_proj'"),
+        (Quantize(keep=("k_proj",)), 64, r"keep leaves a part of q_proj, k_proj, v_proj in 16 bits"),
         (Quantize(scheme=WeightOnly(group_size=64)), 32 * 9, r"does not divide .*q_proj \(288\).*Use group_size 32"),
         (Quantize(scheme=WeightOnly()), 40, r"No group size divides them all; use kind w8a8.*multiples of 32, but q_proj \(40\)"),
     ],

@@ -62,6 +62,8 @@ class Quantize(Spec):
 
     kind: Literal["quantize"] = "quantize"
     scheme: Scheme = W8A8()
+    keep: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Linear modules that stay as they are: `down_proj`, or one layer's, `layers.0.mlp.down_proj`."""
     kv_cache: Literal["auto", "fp8"] = "auto"
     """`fp8`: scales for an 8-bit KV cache, calibrated. Twice the tokens in the same memory; slower on a CPU."""
     head: Literal["keep", "w8a8"] = "keep"

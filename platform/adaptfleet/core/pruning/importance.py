@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.packing import pack_arrays, plan_packs
 from adaptfleet.core.packed_forward import PackedBatch, summed_loss
-from adaptfleet.core.pruning.layout import Layout, head_size, layout_of, num_groups
+from adaptfleet.core.pruning.layout import Layout, layout_of, num_groups
 
 MEASURES = ("activation", "taylor", "magnitude")
 PACK_TOKENS = 512
@@ -70,14 +70,14 @@ def measure(
     so no weight needs one."""
     layout, config = layout_of(model.config), model.config
     blocks = list(layout.blocks(model))
-    size, groups = head_size(config), num_groups(config)
+    groups = num_groups(config)
     mlp, heads, influence = [_Sums() for _ in blocks], [_Sums() for _ in blocks], [0.0] * len(blocks)
     stream = _Sums()
     norms = [block.get_submodule(name) for block in blocks for name in layout.norms] + [model.get_submodule(layout.last_norm)]
     watched: dict[nn.Module, Callable[[torch.Tensor, torch.Tensor], None]] = {}
     for i, block in enumerate(blocks):
         watched[block.get_submodule(layout.mlp_out)] = lambda a, g, i=i: mlp[i].add(a, a * g)  # type: ignore[misc]
-        watched[block.get_submodule(layout.attention_out)] = lambda a, g, i=i: _add_groups(heads[i], a, g, size, groups)  # type: ignore[misc]
+        watched[block.get_submodule(layout.attention_out)] = lambda a, g, i=i: _add_groups(heads[i], a, g, groups)  # type: ignore[misc]
     for norm in norms:
         watched[norm] = lambda a, g: stream.add(a, a * g)
     packs = plan_packs([len(row) for row in rows], max(PACK_TOKENS, *(len(row) for row in rows)), list(range(len(rows))))
@@ -91,7 +91,7 @@ def measure(
     mlp_LC = {kind: (values[0] / num_tokens).float() for kind, values in stacked.items()}
     groups_LG = {kind: (values[1] / num_tokens).float() for kind, values in stacked.items()}
     hidden_D = {kind: (getattr(stream, kind) / num_tokens / len(norms)).float() for kind in ("activation", "taylor")}
-    mlp_LC["magnitude"], groups_LG["magnitude"], hidden_D["magnitude"] = _magnitudes(model, layout, size, groups)
+    mlp_LC["magnitude"], groups_LG["magnitude"], hidden_D["magnitude"] = _magnitudes(model, layout, groups)
     return Importance(mlp_LC, groups_LG, hidden_D, torch.tensor(influence) / num_tokens)
 
 
@@ -135,7 +135,7 @@ def _pass(
             handle.remove()
 
 
-def _add_groups(sums: _Sums, values_TV: torch.Tensor, gradient_TV: torch.Tensor, size: int, groups: int) -> None:
+def _add_groups(sums: _Sums, values_TV: torch.Tensor, gradient_TV: torch.Tensor, groups: int) -> None:
     """The inputs of the output projection, head after head; a group's heads stand together."""
     num_tokens = len(values_TV)
     values_TGU = values_TV.view(num_tokens, groups, -1)
@@ -143,7 +143,7 @@ def _add_groups(sums: _Sums, values_TV: torch.Tensor, gradient_TV: torch.Tensor,
 
 
 @torch.no_grad()
-def _magnitudes(model: PreTrainedModel, layout: Layout, size: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _magnitudes(model: PreTrainedModel, layout: Layout, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Euclidean norms of each unit's weights."""
     mlp, attention = [], []
     stream = torch.zeros(model.config.hidden_size)

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from adaptfleet.contracts.compression import Quantize
 from adaptfleet.contracts.errors import ContractError
+from adaptfleet.contracts.names import near
 from adaptfleet.contracts.schemes import W8A8, Fp8, Mixed, Target, WeightOnly
-from adaptfleet.core.methods.targets import Shape, linear_modules
+from adaptfleet.core.methods.targets import Shape, linear_modules, named
 
 CPU_MULTIPLE = 32
 """vLLM's 4-bit CPU kernel takes inputs and outputs in blocks of 32."""
@@ -53,15 +54,25 @@ def check_fit(shapes: Shapes, spec: Quantize, target: Target) -> None:
     """ContractError lists every kind of layer that the scheme or the target's kernel cannot take."""
     wrong: list[str] = []
     scheme = spec.scheme
+    unknown = [target for target in spec.keep if not named(shapes.linear, target)]
+    if unknown:
+        last_names = sorted({name.rpartition(".")[2] for name in shapes.linear})
+        hints = "".join(near(target, last_names) for target in unknown)
+        wrong.append(f"keep: {', '.join(map(repr, unknown))} match no linear module.{hints} The model has {', '.join(last_names)}.")
+    rounded = rounded_linear(shapes, spec)
+    halves = [unit for unit in fused_units(shapes.linear) if 0 < sum(name in rounded for name in unit) < len(unit)]
+    if halves:
+        parts = ", ".join(name.rpartition(".")[2] for name in halves[0])
+        wrong.append(f"keep leaves a part of {parts} in 16 bits, which the engine computes as one layer: keep all of them or none.")
     group = scheme.group_size if isinstance(scheme, WeightOnly | Mixed) else None
     if group is not None:
-        odd = _by_name((name, inputs) for name, (inputs, _) in shapes.linear.items() if inputs % group)
+        odd = _by_name((name, inputs) for name, (inputs, _) in rounded.items() if inputs % group)
         if odd:
-            fitting = [str(g) for g in (32, 64, 128) if all(inputs % g == 0 for inputs, _ in shapes.linear.values())]
-            way = f"Use group_size {' or '.join(fitting)}." if fitting else "No group size divides them all; use kind w8a8."
+            fitting = [str(g) for g in (32, 64, 128) if all(inputs % g == 0 for inputs, _ in rounded.values())]
+            way = f"Use group_size {' or '.join(fitting)}, or keep them." if fitting else "No group size divides them all; use kind w8a8."
             wrong.append(f"group_size {group} does not divide the inputs of {odd}. {way}")
         if target == "cpu":
-            narrow = _by_name((name, size) for name, size in _cpu_sizes(shapes) if size % CPU_MULTIPLE)
+            narrow = _by_name((name, size) for name, size in _cpu_sizes(rounded) if size % CPU_MULTIPLE)
             if narrow:
                 wrong.append(f"vLLM's 4-bit CPU kernel takes sizes in multiples of {CPU_MULTIPLE}, but {narrow}. Use kind w8a8.")
     if spec.embedding == "w4" and shapes.embedding[1] % 32:
@@ -70,10 +81,16 @@ def check_fit(shapes: Shapes, spec: Quantize, target: Target) -> None:
         raise ContractError("quantize: " + " ".join(wrong))
 
 
-def _cpu_sizes(shapes: Shapes) -> Iterable[tuple[str, int]]:
-    for names in fused_units(shapes.linear):
-        yield names[0], shapes.linear[names[0]][0]
-        yield "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])]), sum(shapes.linear[name][1] for name in names)
+def rounded_linear(shapes: Shapes, spec: Quantize) -> dict[str, Shape]:
+    """The linear modules that the scheme rounds: all but those that are kept."""
+    kept = {name for target in spec.keep for name in named(shapes.linear, target)}
+    return {name: shape for name, shape in shapes.linear.items() if name not in kept}
+
+
+def _cpu_sizes(linear: Mapping[str, Shape]) -> Iterable[tuple[str, int]]:
+    for names in fused_units(linear):
+        yield names[0], linear[names[0]][0]
+        yield "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])]), sum(linear[name][1] for name in names)
 
 
 def fused_units(linear: Mapping[str, Shape]) -> list[list[str]]:
@@ -111,11 +128,13 @@ def dense_bytes(shapes: Shapes) -> int:
 
 
 def end_bytes(shapes: Shapes, spec: Quantize) -> int:
-    """Of what the scheme of the linear layers leaves: embedding, head, norms and biases."""
+    """Of what the scheme of the linear layers leaves: embedding, head, norms, biases and kept layers."""
     rows, width = shapes.embedding
     embedding = {"keep": 2 * rows * width, "w8": rounded_bytes((width, rows), 8, None), "w4": rounded_bytes((width, rows), 4, 32)}
     head = rounded_bytes(shapes.head, 8, None) if spec.head == "w8a8" else 0 if shapes.is_tied else 2 * shapes.head[0] * shapes.head[1]
-    return embedding[spec.embedding] + head + 2 * shapes.num_other
+    rounded = rounded_linear(shapes, spec)
+    kept = sum(2 * i * o for name, (i, o) in shapes.linear.items() if name not in rounded)
+    return embedding[spec.embedding] + head + kept + 2 * shapes.num_other
 
 
 def planned_bytes(shapes: Shapes, spec: Quantize) -> int:
@@ -125,7 +144,7 @@ def planned_bytes(shapes: Shapes, spec: Quantize) -> int:
         return mixed_budget(shapes, scheme, dense_bytes(shapes))
     bits, group = (scheme.bits, scheme.group_size) if isinstance(scheme, WeightOnly) else (8, None)
     assert isinstance(scheme, W8A8 | Fp8 | WeightOnly)
-    return end_bytes(shapes, spec) + sum(rounded_bytes(shape, bits, group) for shape in shapes.linear.values())
+    return end_bytes(shapes, spec) + sum(rounded_bytes(shape, bits, group) for shape in rounded_linear(shapes, spec).values())
 
 
 def mixed_budget(shapes: Shapes, scheme: Mixed, parent_bytes: int) -> int:

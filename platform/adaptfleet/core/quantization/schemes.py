@@ -19,6 +19,7 @@ def modifiers(spec: Quantize, bits_of: Mapping[str, int] | None = None) -> list[
     """In the order in which llm-compressor applies them. `bits_of`: of a mixed scheme, each linear layer's bits (4 or 8) by full name."""
     scheme = spec.scheme
     found: list[Modifier] = []
+    kept = [_exactly(target) for target in spec.keep]
     algorithm = "rtn"
     match scheme:
         case W8A8():
@@ -41,7 +42,7 @@ def modifiers(spec: Quantize, bits_of: Mapping[str, int] | None = None) -> list[
             ]
         case _:
             assert_never(scheme)
-    arguments: dict[str, Any] = {"config_groups": {f"group_{i}": group for i, group in enumerate(groups)}, "ignore": [_HEAD]}
+    arguments: dict[str, Any] = {"config_groups": {f"group_{i}": group for i, group in enumerate(groups)}, "ignore": [_HEAD, *kept]}
     if spec.kv_cache == "fp8":
         arguments["kv_cache_scheme"] = _KV_FP8
     if algorithm == "awq":
@@ -55,7 +56,7 @@ def modifiers(spec: Quantize, bits_of: Mapping[str, int] | None = None) -> list[
     if not ends:
         return found
     if name == "QuantizationModifier":
-        arguments |= {"config_groups": {f"group_{i}": group for i, group in enumerate([*ends, *groups])}, "ignore": []}
+        arguments |= {"config_groups": {f"group_{i}": group for i, group in enumerate([*ends, *groups])}, "ignore": kept}
     else:
         # the calibrated algorithms see neither the embedding nor the head
         found.append(

@@ -9,7 +9,7 @@ from adaptfleet.contracts.home import home
 from adaptfleet.contracts.schemes import Mixed
 from adaptfleet.core.models.loading import base_revision
 from adaptfleet.core.quantization.calibration import rows_sha256
-from adaptfleet.core.quantization.fit import end_bytes, fused_units, mixed_budget, rounded_bytes
+from adaptfleet.core.quantization.fit import end_bytes, fused_units, mixed_budget, rounded_bytes, rounded_linear
 from adaptfleet.core.quantization.knapsack import Option, fill
 from adaptfleet.core.quantization.sensitivity import harm
 from adaptfleet.on_ray.compress.preflight import Prepared
@@ -25,7 +25,7 @@ def choose_bits(folder: Path, step: Quantize, prepared: Prepared) -> dict[str, i
     scheme, shapes = step.scheme, prepared.shapes
     assert isinstance(scheme, Mixed)
     harms = measured_harm(folder, scheme.group_size, prepared)
-    units = fused_units(shapes.linear)
+    units = fused_units(rounded_linear(shapes, step))
     options = [
         [
             Option(

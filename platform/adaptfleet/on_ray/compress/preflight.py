@@ -32,6 +32,7 @@ from adaptfleet.core.quantization.fit import (
     mixed_budget,
     planned_bytes,
     rounded_bytes,
+    rounded_linear,
     shapes_of,
 )
 from adaptfleet.on_ray.published_models import at_hand
@@ -122,7 +123,10 @@ def _planned(job: CompressJob, config: PretrainedConfig, full: Shapes) -> Shapes
     if isinstance(scheme, Mixed):
         ends = end_bytes(shapes, quantize)
         least, most = (
-            ends + sum(rounded_bytes(shape, bits, scheme.group_size if bits == 4 else None) for shape in shapes.linear.values())
+            ends
+            + sum(
+                rounded_bytes(shape, bits, scheme.group_size if bits == 4 else None) for shape in rounded_linear(shapes, quantize).values()
+            )
             for bits in (4, 8)
         )
         budget = mixed_budget(shapes, scheme, dense_bytes(full))

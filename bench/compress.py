@@ -37,10 +37,11 @@ RECOVER = {
     "method": {"kind": "lora", "rank": 32, "alpha": 64},
     "train": {"epochs": 1, "pack_tokens": 512, "packs_per_step": 1, "learning_rate": 5e-4},
 }
-W8A8, ENDS = {"kind": "w8a8"}, {"head": "w8a8", "embedding": "w8"}
+W8A8 = {"kind": "w8a8", "smoothquant": 0.8}
 RECIPES: dict[str, list[Any]] = {
+    "w8a8_rtn": [{"kind": "quantize", "scheme": {"kind": "w8a8"}}],
     "w8a8": [{"kind": "quantize", "scheme": W8A8}],
-    "w8a8_ends": [{"kind": "quantize", "scheme": W8A8, **ENDS}],
+    "w8a8_head": [{"kind": "quantize", "scheme": W8A8, "head": "w8a8"}],
     "w4_rtn": [{"kind": "quantize", "scheme": {"kind": "weight-only"}}],
     "w4_gptq": [{"kind": "quantize", "scheme": {"kind": "weight-only", "algorithm": "gptq"}}],
     "w4_gptq_zero_points": [{"kind": "quantize", "scheme": {"kind": "weight-only", "algorithm": "gptq", "symmetric": False}}],
@@ -50,7 +51,10 @@ RECIPES: dict[str, list[Any]] = {
     "width_w8a8": [PRUNE, RECOVER, "merge", {"kind": "quantize", "scheme": W8A8}],
     "second_base_w4": [{"kind": "quantize", "scheme": {"kind": "weight-only", "algorithm": "gptq"}}],
 }
-SHAPES = {"shape_1b_w8a8": {"kind": "quantize", "scheme": W8A8}, "shape_1b_w4": {"kind": "quantize", "scheme": {"kind": "weight-only"}}}
+SHAPES = {
+    "shape_1b_w8a8": {"kind": "quantize", "scheme": {"kind": "w8a8"}},
+    "shape_1b_w4": {"kind": "quantize", "scheme": {"kind": "weight-only"}},
+}
 TARGETS = {  # bytes, perplexity in and out of domain, decode speed at batch 1 and 16
     "w8a8": (0.61, 1.01, 1.01, 1.25, 1.05), "w4_gptq": (0.44, 1.10, 1.10, 1.2, 0.95), "mixed": (0.50, 1.05, 1.05, None, None),
     "width": (0.90, 1.10, 1.25, 1.1, 1.1), "width_w8a8": (0.55, 1.12, 1.27, 1.4, 1.2),

@@ -109,6 +109,13 @@ def test_values(step: dict[str, object], message: str) -> None:
         recipe(step)
 
 
+def test_a_rounded_embedding_is_for_gpus() -> None:
+    step = {"kind": "quantize", "head": "w8a8", "embedding": "w4"}
+    with pytest.raises(ContractError, match=r"embedding is 'w4', but vLLM reads a rounded embedding with a Triton kernel"):
+        recipe(step)
+    recipe(step, target="hopper")
+
+
 def test_equal_recipes_have_equal_fingerprints() -> None:
     assert recipe(PRUNE, RECOVER, "merge").fingerprint() == recipe(PRUNE, RECOVER, {"kind": "merge"}).fingerprint()
     assert recipe(PRUNE).fingerprint() != recipe({"kind": "prune", "mlp_width": 0.3}).fingerprint()

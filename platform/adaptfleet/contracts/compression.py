@@ -69,7 +69,14 @@ class Quantize(Spec):
     head: Literal["keep", "w8a8"] = "keep"
     """The output head. `w8a8`: rounded to 8 bits; where it shares the embedding's weights it gets its own."""
     embedding: Literal["keep", "w8", "w4"] = "keep"
-    """The embedding's rows, rounded to 8 or 4 bits. Where the head shares its weights, `head` must be rounded too."""
+    """The embedding's rows, rounded to 8 or 4 bits, for GPUs alone. Where the head shares its weights, `head` must be rounded too."""
+
+    def why_unserved(self, target: Target) -> str | None:
+        if target == "cpu" and self.embedding != "keep":
+            return (
+                f"embedding is {self.embedding!r}, but vLLM reads a rounded embedding with a Triton kernel, for GPUs alone; allowed: keep"
+            )
+        return self.scheme.why_unserved(target)
 
     @model_validator(mode="after")
     def _head_with_embedding(self) -> "Quantize":
@@ -176,7 +183,7 @@ class CompressJob(Spec):
     @model_validator(mode="after")
     def _target_loads_the_scheme(self) -> "CompressJob":
         quantize = self.step(Quantize)
-        reason = quantize.scheme.why_unserved(self.target) if quantize else None
+        reason = quantize.why_unserved(self.target) if quantize else None
         if reason and not self.quality_only:
             raise ValueError(f"steps: {reason}; or write quality_only: true to measure it without publishing")
         if self.quality_only and self.proof.engine and reason:

@@ -18,6 +18,7 @@ from adaptfleet.contracts.errors import ModelError
 
 _METHOD = "compressed-tensors"
 _FP8_MAX = 448.0
+_EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
 
 
 def is_compressed(folder: Path) -> bool:
@@ -140,7 +141,8 @@ def _group_of(module: str, quantization: dict[str, Any], required: bool = True) 
         return {}
     groups = list(quantization["config_groups"].values())
     named = [group for group in groups if any(_matches(target, module) for target in group["targets"])]
-    wide = [group for group in groups if "Linear" in group["targets"]]
+    kind = "Embedding" if module.endswith(_EMBEDDINGS) else "Linear"
+    wide = [group for group in groups if kind in group["targets"]]
     if named or wide:
         return (named or wide)[0]
     if required:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from adaptfleet.contracts.compression import Quantize
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.names import near
-from adaptfleet.contracts.schemes import W8A8, Fp8, Mixed, Target, WeightOnly
+from adaptfleet.contracts.schemes import Mixed, Target, WeightOnly
 from adaptfleet.core.methods.targets import Shape, linear_modules, named
 
 CPU_MULTIPLE = 32
@@ -114,11 +114,11 @@ def _last(name: str) -> str:
     return "+".join([first.rpartition(".")[2], *rest])
 
 
-def rounded_bytes(shape: Shape, bits: int, group_size: int | None) -> int:
-    """Of one weight: its codes and its 16-bit scales."""
+def rounded_bytes(shape: Shape, bits: int, group_size: int | None, zero_points: bool = False) -> int:
+    """Of one weight: its codes, its 16-bit scales and, where there are any, its zero points, as wide as the codes."""
     inputs, outputs = shape
     scales = outputs * (inputs // group_size if group_size else 1)
-    return inputs * outputs * bits // 8 + 2 * scales
+    return (inputs * outputs + zero_points * scales) * bits // 8 + 2 * scales
 
 
 def dense_bytes(shapes: Shapes) -> int:
@@ -142,9 +142,8 @@ def planned_bytes(shapes: Shapes, spec: Quantize) -> int:
     scheme = spec.scheme
     if isinstance(scheme, Mixed):
         return mixed_budget(shapes, scheme, dense_bytes(shapes))
-    bits, group = (scheme.bits, scheme.group_size) if isinstance(scheme, WeightOnly) else (8, None)
-    assert isinstance(scheme, W8A8 | Fp8 | WeightOnly)
-    return end_bytes(shapes, spec) + sum(rounded_bytes(shape, bits, group) for shape in rounded_linear(shapes, spec).values())
+    bits, group, zeros = (scheme.bits, scheme.group_size, not scheme.symmetric) if isinstance(scheme, WeightOnly) else (8, None, False)
+    return end_bytes(shapes, spec) + sum(rounded_bytes(shape, bits, group, zeros) for shape in rounded_linear(shapes, spec).values())
 
 
 def mixed_budget(shapes: Shapes, scheme: Mixed, parent_bytes: int) -> int:

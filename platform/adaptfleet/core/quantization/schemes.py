@@ -9,7 +9,9 @@ from adaptfleet.contracts.schemes import W8A8, Fp8, Mixed, WeightOnly
 Modifier = dict[str, Any]
 Group = dict[str, Any]
 
-_HEAD, _EMBEDDING = "re:.*(lm_head|embed_out)$", "re:.*(embed_tokens|embed_in)$"
+_HEAD = "re:.*(lm_head|embed_out)$"
+_EMBEDDING = "Embedding"
+"""By its class: vLLM's Llama does not tell its embedding's name to what looks for it (0.32)."""
 _KV_FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 _OBSERVER = "memoryless_mse"
 """Each scale is the one with the least squared rounding error, not the one that the largest weight asks for."""

@@ -38,6 +38,8 @@ from adaptfleet.core.quantization.fit import (
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.store.registry import Registry
 
+ROUNDED_EMBEDDINGS = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures whose embedding vLLM hands to its quantization."""
 _TOKENIZER_BYTES = 32 * 2**20
 """Room for what stands beside the weights of each checkpoint."""
 
@@ -119,6 +121,11 @@ def _planned(job: CompressJob, config: PretrainedConfig, full: Shapes) -> Shapes
     if quantize is None:
         return shapes
     check_fit(shapes, quantize, job.target)
+    if quantize.embedding != "keep" and config.model_type not in ROUNDED_EMBEDDINGS:
+        raise ContractError(
+            f"quantize: embedding is {quantize.embedding!r}, which the engine loads for {', '.join(ROUNDED_EMBEDDINGS)} alone, not for "
+            f"{config.model_type}; write embedding: keep."
+        )
     scheme = quantize.scheme
     if isinstance(scheme, Mixed):
         ends = end_bytes(shapes, quantize)

@@ -1,5 +1,6 @@
 """Small models whose shapes kernels take, made in code."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ CONFIGS = {
 def make_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A frozen float32 model with random weights and biases large enough to matter."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="sdpa")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
     model.requires_grad_(False)

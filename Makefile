@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart serve stop check test test-slow test-all bench bench-train bench-elastic bench-serve clean
+.PHONY: help setup doctor quickstart serve stop check test test-slow test-all bench bench-train bench-elastic bench-serve bench-compress clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -54,6 +54,9 @@ bench-elastic: setup  ## training: what kills, preemptions and joining nodes cos
 
 bench-serve: setup  ## serving: throughput of mixed adapters against no adapter and stock vLLM
 	$(BIN)/python bench/serve.py
+
+bench-compress: setup  ## compression: bytes, perplexity and speed of each recipe against the bf16 parent
+	$(BIN)/python bench/compress.py
 
 clean:  ## remove caches and build output; .venv, ~/.adaptfleet and results stay
 	rm -rf build .ruff_cache .mypy_cache .import_linter_cache .hypothesis

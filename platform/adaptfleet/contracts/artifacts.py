@@ -28,6 +28,8 @@ class Draft(Spec):
     """Adapters: the base's content hash. An adapter is served only on the base it was trained on."""
     method: dict[str, Any] | None = None
     """Adapters: the method's resolved contract, `kind` and `rank` among it."""
+    serves_adapters_of: Sha256 | None = None
+    """Models: the content hash of the base whose adapters this model serves too, as it is that base with rounded weights."""
     parents: tuple[str, ...] = Field(default=(), strict=False)
     """Lineage: references, with versions, of what this was made from."""
     contract_fingerprint: str | None = None

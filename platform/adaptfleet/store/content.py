@@ -38,6 +38,10 @@ def publishable_files(draft: Draft, folder: Path) -> list[str]:
             for path in paths
             if path.lower().endswith(PICKLES)
         ]
+        if draft.serves_adapters_of is not None and draft.kind != "model":
+            offenders.append(
+                f"serves_adapters_of is given, but this is of the kind {draft.kind}: only a model serves adapters; leave it out"
+            )
         if draft.kind == "adapter":
             offenders += adapter_offenders(draft, folder)
         elif draft.kind == "model":

@@ -16,6 +16,7 @@ from adaptfleet.contracts.home import home
 from adaptfleet.contracts.model import EMBEDDED_MODELS, ModelSpec
 from adaptfleet.core.models.device import device, model_dtype
 from adaptfleet.core.models.embedded import embedded_model
+from adaptfleet.core.quantization.dequantization import is_compressed, load_compressed
 from adaptfleet.core.segment_attention import use_segment_attention
 
 _REVISED = ("config.json", "*.safetensors", "model.safetensors.index.json")
@@ -90,17 +91,24 @@ def load_base(
     quantization: QuantizationConfigMixin | None = None,
     on: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The base, frozen and in evaluation mode, its tokenizer and its revision. `on`: None means this process's device."""
+    """The base, frozen and in evaluation mode, its tokenizer and its revision. `on`: None means this process's device.
+
+    Rounded weights are read back as plain ones."""
     folder = resolve_model_folder(spec)
     tokenizer = load_tokenizer(folder, spec.trust_remote_code)
+    dtype = dtype or model_dtype(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or model_dtype(spec),
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            **({"quantization_config": quantization, "device_map": {"": device()}} if quantization else {}),
+        model = (
+            load_compressed(folder, dtype, spec.trust_remote_code)
+            if is_compressed(folder)
+            else AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=spec.trust_remote_code,
+                **({"quantization_config": quantization, "device_map": {"": device()}} if quantization else {}),
+            )
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no causal language model can be loaded from {folder}: {error}") from None

@@ -12,7 +12,7 @@ from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.core.methods.bottleneck import CONFIG as BOTTLENECK_CONFIG
 from adaptfleet.core.models.loading import base_revision, resolve_model_folder
 from adaptfleet.on_ray.evaluate.endpoint import check_endpoint
-from adaptfleet.on_ray.published_models import at_hand
+from adaptfleet.on_ray.published_models import adapters_taken, at_hand
 from adaptfleet.store.registry import Registry
 
 
@@ -52,13 +52,14 @@ def resolve_subjects(job: EvaluateJob, registry: Registry) -> list[Resolved]:
 
 
 def _resolve(subject: Subject, base: ModelSpec, registry: Registry) -> Resolved:
+    also = adapters_taken(base, registry)
     base = at_hand(base, registry)
     match subject:
         case BaseSubject():
             resolve_model_folder(base)
             return Resolved(subject.label(), LocalModel(base))
         case PublishedSubject():
-            return _published(registry, subject.reference, base)
+            return _published(registry, subject.reference, base, also)
         case FolderSubject():
             return _folder(subject, base)
         case EndpointSubject():
@@ -68,13 +69,14 @@ def _resolve(subject: Subject, base: ModelSpec, registry: Registry) -> Resolved:
             assert_never(subject)
 
 
-def _published(registry: Registry, reference: str, base: ModelSpec) -> Resolved:
+def _published(registry: Registry, reference: str, base: ModelSpec, also: frozenset[str]) -> Resolved:
+    """`also`: as `adapters_taken` gives it."""
     manifest = registry.resolve(reference)
     if manifest.kind == "dataset":
         raise ContractError(f"{manifest.reference} is a data set, not a model. Score a model on it: data.train={manifest.reference}.")
     if manifest.kind == "adapter":
         revision = base_revision(resolve_model_folder(base))
-        if manifest.base_revision != revision:
+        if manifest.base_revision not in {revision, *also}:
             raise ModelError(
                 f"{manifest.reference} was trained on {manifest.base} of the revision {str(manifest.base_revision)[:16]}, but model.source "
                 f"{base.source!r} has the revision {revision[:16]}. Give its own base: --set model.source=..."

@@ -43,10 +43,12 @@ class Card:
 
 
 class Catalog:
-    def __init__(self, registry: Registry, base_id: str, base_revision: str) -> None:
+    def __init__(self, registry: Registry, base_id: str, base_revision: str, also: frozenset[str] = frozenset()) -> None:
+        """`also`: further revisions whose adapters are served, of the base that this one is with rounded weights."""
         self.base_id = base_id
         self._registry = registry
         self._base_revision = base_revision
+        self._revisions = {base_revision, *also}
         self._view: Mapping[str, Listing] = {}
         self._view_until = 0.0
         self._refreshing = asyncio.Lock()
@@ -87,7 +89,7 @@ class Catalog:
                 except StoreError as error:
                     log.error("the record of %s@%s cannot be read: %s", name, version, error)
                     continue
-                if manifest.kind == "adapter" and manifest.base_revision == self._base_revision:
+                if manifest.kind == "adapter" and manifest.base_revision in self._revisions:
                     manifests[version] = manifest
             for alias, version in sorted(listing.aliases.items(), key=lambda item: (item[0] != DEFAULT_ALIAS, item[0])):
                 if version in manifests:
@@ -101,7 +103,7 @@ class Catalog:
             raise unfit_adapter(
                 f"{manifest.reference} is a {manifest.kind}, not an adapter; this endpoint serves adapters.", "not_an_adapter"
             )
-        if manifest.base_revision != self._base_revision:
+        if manifest.base_revision not in self._revisions:
             revision = (manifest.base_revision or "unknown")[:12]
             raise unfit_adapter(
                 f"{manifest.reference} was trained on {manifest.base} of revision {revision}; this endpoint serves "

@@ -40,6 +40,7 @@ class Endpoint:
         self._watch = asyncio.create_task(self._end_with_the_engine())
 
     async def __serve_build_asgi_app__(self) -> Any:
+        from adaptfleet.on_ray.published_models import adapters_taken
         from adaptfleet.on_ray.serve.adapters import Adapters
         from adaptfleet.on_ray.serve.api_keys import ApiKeys, ensure_keys
         from adaptfleet.on_ray.serve.catalog import Catalog
@@ -49,7 +50,7 @@ class Endpoint:
 
         spec = self._spec
         registry = Registry.open()
-        catalog = Catalog(registry, spec.base_id(), self._revision)
+        catalog = Catalog(registry, spec.base_id(), self._revision, await asyncio.to_thread(adapters_taken, spec.model, registry))
         kept = max(spec.max_cpu_loras, spec.max_loras)
         cache = home() / "cache" / "adapters"
         adapters = Adapters(registry, cache, self._engine, self._folder, spec.max_lora_rank, kept)

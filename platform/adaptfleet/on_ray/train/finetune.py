@@ -67,6 +67,7 @@ def _describe(job: FinetuneJob, prepared: Prepared, folder: RunFolder) -> None:
         "num_steps": len(plan.steps),
         "num_tokens": plan.num_tokens,
         "pack_fill": round(plan.fill, 4),
+        "teacher": vars(prepared.teacher) | {"folder": str(prepared.teacher.folder)} if prepared.teacher else None,
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
     }
     folder.write_json("facts.json", facts)
@@ -102,6 +103,7 @@ def _publish(
         method=method,
         parents=(
             f"base:{prepared.base}:{prepared.base_revision[:16]}",
+            *([prepared.teacher.parent()] if prepared.teacher else []),
             *(f"data:{entry.source}:{prepared.dataset.sha256[:16]}" for entry in job.data.sources()),
         ),
         contract_fingerprint=job.fingerprint(),

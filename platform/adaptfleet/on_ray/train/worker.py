@@ -11,9 +11,11 @@ from typing import Any
 import ray.train
 import torch
 from ray.train import CheckpointUploadMode
+from transformers import PreTrainedModel
 
+from adaptfleet.contracts.distillation import Distillation
 from adaptfleet.contracts.errors import AdaptfleetError, ContractError
-from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.contracts.jobs import FinetuneJob, stored_job
 from adaptfleet.contracts.methods import QLora
 from adaptfleet.core.checkpoint import read_progress, read_tensors, write_checkpoint
 from adaptfleet.core.compilation import compile_layers, should_compile
@@ -26,9 +28,10 @@ from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.methods.qlora import quantization_config
 from adaptfleet.core.models.device import memory_per_worker, model_dtype
 from adaptfleet.core.models.loading import load_base
-from adaptfleet.core.objectives import Preference, objective
+from adaptfleet.core.objectives import Objective, Preference, objective
 from adaptfleet.core.packed_forward import PackedBatch, check_packable
 from adaptfleet.core.sharding import choose_placement, shard
+from adaptfleet.on_ray.distill.teacher import captures_layers, distillation, load_teacher
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.on_ray.train.failures import PreemptedError
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
@@ -43,7 +46,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if folder.read_json("failure.json") is not None:
         return
     try:
-        _FinetuneWorker(FinetuneJob.model_validate_json(config["job"], strict=False), folder, config["num_cpus"]).run()
+        _FinetuneWorker(stored_job(config["job"]), folder, config["num_cpus"]).run()
     except AdaptfleetError as error:
         # Every worker raises it alike. A raised one would be tried again, to the same end.
         if ray.train.get_context().get_world_rank() == 0:
@@ -67,11 +70,14 @@ class _FinetuneWorker:
         self.answers: list[str] = []
         self.plan = folder.read_plan()
         self.model = self._adapted(check=True)
+        self.teacher = self._teacher()
         compiled, self.compile_reason = should_compile(job.train.compile, self.plan.num_tokens)
-        self.compiled = compiled and self.adaptation.compilable
+        self.compiled = compiled and self.adaptation.compilable and not captures_layers(job.objective)
+        whole = [self.model] if self.teacher is None else [self.model, self.teacher]
         if self.compiled:
-            compile_layers(self.model)
-        parameters = list(self.model.parameters())
+            for model in whole:
+                compile_layers(model)
+        parameters = [p for model in whole for p in model.parameters()]
         self.placement = choose_placement(
             job.cluster.shard,
             self.num_workers,
@@ -80,7 +86,6 @@ class _FinetuneWorker:
             self.model.dtype.itemsize,
             memory_per_worker(context.get_local_world_size()),
         )
-        self.objective = objective(job.objective)
         self.is_sharded = self.placement.mode == "fsdp2"
         if self.is_sharded and not self.adaptation.shardable:
             raise ContractError(
@@ -88,11 +93,28 @@ class _FinetuneWorker:
                 "use cluster.shard=ddp with larger workers, or lora."
             )
         self.call = shard(self.model, self.num_workers) if self.is_sharded else self._call
+        self.objective = self._objective()
         pad_id = self.tokenizer.pad_token_id
         self.trainer = Trainer(self.model, self.adaptation, job.train, self.plan, self.rows, pad_id, self.objective, self.call)
 
     def _call(self, function: Callable[[AdaptedModel, PackedBatch], Any], batch: PackedBatch) -> Any:
         return function(self.model, batch)
+
+    def _teacher(self) -> PreTrainedModel | None:
+        """Beside the student in this worker, where the run has one."""
+        spec = self.job.objective
+        if not isinstance(spec, Distillation) or spec.source.kind == "offline":
+            return None
+        teacher = load_teacher(spec, self.facts["teacher"]["folder"])
+        check_packable(teacher, len(self.tokenizer), self.job.train.pack_tokens, int(self.rows.lengths.max()))
+        return teacher
+
+    def _objective(self) -> Objective:
+        spec = self.job.objective
+        if not isinstance(spec, Distillation):
+            return objective(spec)
+        assert self.teacher is not None
+        return distillation(spec, self.model, self.teacher, self.num_workers if self.is_sharded else 1)
 
     def _adapted(self, check: bool = False) -> AdaptedModel:
         method = self.job.method

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,11 +46,14 @@ def contract(model_folder: Callable[..., Path], sums_file: Path) -> Callable[...
     return make
 
 
-def run(job: Job, folder: Path) -> subprocess.CompletedProcess[str]:
+def command(job: Job, folder: Path) -> list[str]:
     file = folder / "job.yaml"
     file.write_text(yaml.safe_dump(job))
-    argv = [sys.executable, str(REPOSITORY / "jobs" / "distill.py"), "--config", str(file)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S, cwd=REPOSITORY, check=False)
+    return [sys.executable, str(REPOSITORY / "jobs" / "distill.py"), "--config", str(file)]
+
+
+def run(job: Job, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(job, folder), capture_output=True, text=True, timeout=LIMIT_S, cwd=REPOSITORY, check=False)
 
 
 def run_folder(job: Job) -> Path:
@@ -58,6 +63,19 @@ def run_folder(job: Job) -> Path:
 def losses(job: Job) -> list[float]:
     lines = [json.loads(line) for line in (run_folder(job) / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def wait_for_files(num: int, process: subprocess.Popen[str]) -> dict[Path, int]:
+    """Waits until so many files of the teacher's distributions are there; returns them with their times."""
+    cache = Path(os.environ["ADAPTFLEET_HOME"]) / "cache" / "teacher-logits"
+    end = time.monotonic() + LIMIT_S
+    while time.monotonic() < end:
+        there = list(cache.glob("*/part-*.parquet"))
+        if len(there) >= num:
+            return {file: file.stat().st_mtime_ns for file in there}
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.01)
+    raise AssertionError(f"{num} files were not there in {LIMIT_S} s")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +113,34 @@ def test_a_published_student_teaches_an_adapter_on_two_workers(online: Job, cont
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     manifest = Registry.open().resolve("taught")
     assert manifest.kind == "adapter" and any(parent.startswith("teacher:small-sums@1:") for parent in manifest.parents)
+
+
+def test_a_killed_scoring_goes_on_and_a_kept_teacher_teaches_the_same(online: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
+    source = {"kind": "offline", "k": 1000, "precision": "float32", "rows_per_file": 1}
+    job = contract("small-offline", objective={**online["objective"], "source": source})
+    with subprocess.Popen(command(job, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY) as process:
+        there = wait_for_files(1, process)
+        process.kill()
+    result = run(job, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    told = re.search(r"the teacher scores (\d+) of (\d+) files of rows; (\d+) are there", result.stdout)
+    assert told is not None and int(told[3]) >= len(there) and int(told[1]) < int(told[2]), result.stdout[-3000:]
+    facts = json.loads((run_folder(job) / "facts.json").read_text())
+    files = list(Path(facts["teacher"]["logits"]).iterdir())
+    assert len(files) == facts["num_train_rows"] == int(told[2]) and {f.name for f in there} <= {f.name for f in files}
+    assert all(file.stat().st_mtime_ns == written for file, written in there.items())
+    # the same distributions, summed by likelihood; AdamW divides by the gradients' size, so the difference grows a little with each step
+    assert losses(job) == pytest.approx(losses(online), rel=1e-3)
+    again = contract("small-offline-again", objective=job["objective"], train={"max_steps": 1}, method={"kind": "lora", "rank": 2})
+    assert "rows are in the cache" in run(again, tmp_path).stdout
+
+
+def test_a_student_learns_from_its_own_answers(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
+    source = {"kind": "on_policy", "share": 0.7, "every_steps": 4}
+    job = contract("small-on-policy", objective={"divergence": "reverse_kl", "alpha": 1.0, "source": source}, train={"max_steps": 6})
+    result = run(job, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert len(losses(job)) == 6 and Registry.open().resolve("small-on-policy").kind == "model"
 
 
 def test_a_teacher_of_another_vocabulary_is_refused_before_training(

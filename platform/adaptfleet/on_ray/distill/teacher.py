@@ -6,12 +6,16 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from adaptfleet.contracts.distillation import Distillation
+from adaptfleet.contracts.distillation import Distillation, Offline, OnPolicy
+from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.contracts.objectives import Objective as ObjectiveSpec
 from adaptfleet.contracts.serving import ServingSpec
+from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.distill.compatibility import check_alignment, check_vocabularies
 from adaptfleet.core.distill.objective import KnowledgeDistillation
+from adaptfleet.core.distill.on_policy import OnPolicyDistillation
+from adaptfleet.core.distill.teacher_logits import LogitFiles, OfflineTeacher
 from adaptfleet.core.distill.teachers import OnlineTeacher
 from adaptfleet.core.methods.adaptation import AdaptedModel
 from adaptfleet.core.models.loading import base_revision, load_base, load_tokenizer, resolve_model_folder
@@ -27,6 +31,8 @@ class FoundTeacher:
     """A published model's `name@version`, else the model's id."""
     revision: str
     folder: Path
+    vocab_size: int
+    """Of the student's head, which may be padded."""
 
     def parent(self) -> str:
         """In the lineage of what it teaches."""
@@ -41,13 +47,10 @@ def find_teacher(spec: Distillation, student: ModelSpec, student_folder: Path, t
     if local != spec.teacher:
         name = registry.resolve(spec.teacher.source).reference
     check_vocabularies(tokenizer, load_tokenizer(folder, spec.teacher.trust_remote_code), name)
+    config = AutoConfig.from_pretrained(student_folder, trust_remote_code=student.trust_remote_code)
     if spec.align.is_on:
-        configs = [
-            AutoConfig.from_pretrained(place, trust_remote_code=side.trust_remote_code)
-            for place, side in ((student_folder, student), (folder, spec.teacher))
-        ]
-        check_alignment(spec.align, *configs)
-    return FoundTeacher(name, base_revision(folder), folder)
+        check_alignment(spec.align, config, AutoConfig.from_pretrained(folder, trust_remote_code=spec.teacher.trust_remote_code))
+    return FoundTeacher(name, base_revision(folder), folder, config.vocab_size)
 
 
 def load_teacher(spec: Distillation, folder: str) -> PreTrainedModel:
@@ -60,8 +63,29 @@ def captures_layers(spec: ObjectiveSpec) -> bool:
     return isinstance(spec, Distillation) and spec.align.is_on
 
 
-def distillation(spec: Distillation, student: AdaptedModel, teacher: PreTrainedModel, num_shards: int) -> KnowledgeDistillation:
-    """The objective of one worker. The teacher lies as the student does: whole, or sharded over as many workers."""
-    vocab_size = plain_base(student).get_output_embeddings().weight.shape[0]
-    online = OnlineTeacher(teacher, spec, vocab_size, shard(teacher, num_shards) if num_shards > 1 else None)
+def distillation(
+    job: FinetuneJob,
+    facts: dict[str, Any],
+    student: AdaptedModel,
+    teacher: PreTrainedModel | None,
+    rows: Rows,
+    num_shards: int,
+    end_ids: set[int],
+) -> KnowledgeDistillation:
+    """The objective of one worker. A teacher beside it lies as the student does: whole, or sharded over as many workers."""
+    spec = job.objective
+    assert isinstance(spec, Distillation)
+    if isinstance(spec.source, Offline):
+        return KnowledgeDistillation(spec, OfflineTeacher(LogitFiles(Path(facts["logits"]), len(rows), spec.source.rows_per_file)), student)
+    assert teacher is not None
+    online = OnlineTeacher(teacher, spec, facts["vocab_size"], shard(teacher, num_shards) if num_shards > 1 else None)
+    if isinstance(spec.source, OnPolicy):
+        return OnPolicyDistillation(spec, spec.source, online, student, end_ids, job.train.seed)
     return KnowledgeDistillation(spec, online, student)
+
+
+def end_ids(student: AdaptedModel, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer."""
+    configured = plain_base(student).generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return {int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None}

@@ -31,7 +31,7 @@ from adaptfleet.core.models.loading import load_base
 from adaptfleet.core.objectives import Objective, Preference, objective
 from adaptfleet.core.packed_forward import PackedBatch, check_packable
 from adaptfleet.core.sharding import choose_placement, shard
-from adaptfleet.on_ray.distill.teacher import captures_layers, distillation, load_teacher
+from adaptfleet.on_ray.distill.teacher import captures_layers, distillation, end_ids, load_teacher
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.on_ray.train.failures import PreemptedError
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
@@ -113,8 +113,8 @@ class _FinetuneWorker:
         spec = self.job.objective
         if not isinstance(spec, Distillation):
             return objective(spec)
-        assert self.teacher is not None
-        return distillation(spec, self.model, self.teacher, self.num_workers if self.is_sharded else 1)
+        num_shards, ends = self.num_workers if self.is_sharded else 1, end_ids(self.model, self.tokenizer)
+        return distillation(self.job, self.facts["teacher"], self.model, self.teacher, self.rows, num_shards, ends)
 
     def _adapted(self, check: bool = False) -> AdaptedModel:
         method = self.job.method

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from adaptfleet.cli import main
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import DistillJob, FinetuneJob, stored_job
 from adaptfleet.contracts.loading import parse_contract
@@ -115,6 +116,7 @@ def test_a_published_student_teaches_an_adapter_on_two_workers(online: Job, cont
     assert manifest.kind == "adapter" and any(parent.startswith("teacher:small-sums@1:") for parent in manifest.parents)
 
 
+@pytest.mark.slow
 def test_a_killed_scoring_goes_on_and_a_kept_teacher_teaches_the_same(online: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
     source = {"kind": "offline", "k": 1000, "precision": "float32", "rows_per_file": 1}
     job = contract("small-offline", objective={**online["objective"], "source": source})
@@ -135,6 +137,7 @@ def test_a_killed_scoring_goes_on_and_a_kept_teacher_teaches_the_same(online: Jo
     assert "rows are in the cache" in run(again, tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_its_own_answers(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
     source = {"kind": "on_policy", "share": 0.7, "every_steps": 4}
     job = contract("small-on-policy", objective={"divergence": "reverse_kl", "alpha": 1.0, "source": source}, train={"max_steps": 6})
@@ -177,6 +180,14 @@ def test_contracts_that_cannot_be(override: str, says: str) -> None:
     with pytest.raises(ContractError, match="virtual tokens such as 'prefix'"):
         overrides = ["method={kind: prefix}", "publish=null", "objective.source={kind: on_policy}"]
         parse_contract(DistillJob, "objective: {teacher: {}}\npublish: {name: a}\n", overrides)
+
+
+def test_the_data_of_a_distillation_can_be_looked_at(
+    embedded_home: Path, contract: Callable[..., Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(contract("looked-at"), tmp_path)
+    assert main(["validate", "--config", str(tmp_path / "job.yaml")]) == 0
+    assert "This can be trained on." in capsys.readouterr().out
 
 
 def test_a_stored_contract_is_read_back_as_what_it_was() -> None:

@@ -176,7 +176,7 @@ def work(rank: int, num_workers: int, folder: Path, mode: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_workers_write_and_learn_what_one_does(mode: str, tmp_path: Path) -> None:
     work(0, 1, tmp_path, "none")
     mp.spawn(work, args=(2, tmp_path, mode), nprocs=2)

@@ -29,7 +29,7 @@ from adaptfleet.core.packed_forward import PackedBatch
 from adaptfleet.core.sharding import shard
 from adaptfleet.core.steps import plan_steps
 from tests.distillation.conftest import make_llama
-from tests.training.conftest import VOCABULARY, make_tokenizer
+from tests.training.conftest import VOCABULARY, make_model, make_tokenizer
 
 STEPS = 5
 
@@ -43,8 +43,8 @@ def rows(num: int = 12) -> list[Encoded]:
     return encode_all(examples, make_tokenizer(), 256)
 
 
-def packed(data: list[Encoded]) -> PackedBatch:
-    return PackedBatch.stack([pack_arrays(Pack(tuple(range(len(data)))), data, 400, 0)], torch.device("cpu"))
+def packed(data: list[Encoded], num_tokens: int = 200) -> PackedBatch:
+    return PackedBatch.stack([pack_arrays(Pack(tuple(range(len(data)))), data, num_tokens, 0)], torch.device("cpu"))
 
 
 def distiller(s: Distillation, student: Any, teacher: Any) -> KnowledgeDistillation:
@@ -98,6 +98,18 @@ def test_aligned_layers_are_measured_as_their_formulas_say() -> None:
     only_first = spec(align=Alignment(hidden=0.5, layers={1: 3}))
     last_pair = float(distiller(only_first, student, teacher).summed_loss(student, packed(data))) - alone
     assert whole - alone == pytest.approx((total + last_pair) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gpt_neox", "opt"])
+def test_layers_of_other_architectures_are_found(architecture: str) -> None:
+    s, data = spec(alpha=0.5, align=Alignment(hidden=1.0, attention=1.0)), rows(2)
+    student = adaptation(Full()).attach(make_model(architecture), 0)
+    alone = KnowledgeDistillation(spec(alpha=0.5), OnlineTeacher(make_model(architecture), spec(), VOCABULARY), student)
+    plain = float(alone.summed_loss(student, packed(data)).detach())
+    aligned = [
+        float(distiller(s, student, make_model(architecture, seed)).summed_loss(student, packed(data)).detach()) - plain for seed in (0, 1)
+    ]
+    assert aligned[0] == pytest.approx(0.0, abs=plain * 1e-4) and aligned[1] > 1.0
 
 
 @pytest.mark.parametrize(("student", "teacher", "pairs"), [(2, 4, {0: 1, 1: 3}), (3, 3, {0: 0, 1: 1, 2: 2}), (2, 5, {0: 1, 1: 4})])

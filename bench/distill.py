@@ -81,14 +81,15 @@ def train(trainer: Any, folder: Path, clock: Clock) -> bool:
     for result in trainer.run():
         if result.step % 10 == 0 or result.step == 1:
             print(f"{folder.name}: step {result.step}/{len(trainer.plan.steps)}, loss {result.loss:.4f}", flush=True)
-        if clock.is_over() and result.step < len(trainer.plan.steps):
+        is_last = result.step == len(trainer.plan.steps)
+        if clock.is_over() or is_last:
             unfinished = folder / "unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             write_checkpoint(unfinished, trainer.state(), {"step": result.step})
             unfinished.rename(folder / f"checkpoint-{result.step:06}")
             for old in kept:
                 shutil.rmtree(old)
-            return False
+            return is_last
     return True
 
 

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adaptfleet.contracts.base import Spec
+from adaptfleet.contracts.compression import CompressJob
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.evaluating import EvaluateJob
-from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.contracts.jobs import DistillJob, FinetuneJob
 from adaptfleet.contracts.loading import load_contract, parse_contract
 from adaptfleet.contracts.publishing import PublishJob
 from adaptfleet.contracts.serving import ServingSpec
@@ -19,7 +20,13 @@ from adaptfleet.contracts.serving import ServingSpec
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 PUBLISH = "publish: {name: a}"
-JOBS: dict[str, type[Spec]] = {"finetune": FinetuneJob, "publish": PublishJob, "evaluate": EvaluateJob}
+JOBS: dict[str, type[Spec]] = {
+    "finetune": FinetuneJob,
+    "distill": DistillJob,
+    "compress": CompressJob,
+    "publish": PublishJob,
+    "evaluate": EvaluateJob,
+}
 
 
 def refusal(text: str, *overrides: str, kind: type[Spec] = FinetuneJob) -> str:

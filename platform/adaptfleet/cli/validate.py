@@ -1,12 +1,12 @@
-"""`adaptfleet validate`: what a fine-tune's data are like, and all that is wrong with them, before anything is trained."""
+"""`adaptfleet validate`: what the data of a training job are like, and all that is wrong with them, before anything is trained."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptfleet.contracts.errors import ContractError
-from adaptfleet.contracts.jobs import FinetuneJob
-from adaptfleet.contracts.loading import load_contract
+from adaptfleet.contracts.jobs import DistillJob, FinetuneJob
+from adaptfleet.contracts.loading import job_named, load_contract
 
 if TYPE_CHECKING:
     from adaptfleet.core.data.validation import Validation
@@ -21,13 +21,13 @@ _BAR_CHARS = 40
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
-    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="the contract of the fine-tune")
+    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="the contract of the fine-tune or distillation")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a key; may be given several times")
     parser.add_argument("--html", metavar="FILE", help="write the same as a page too; it needs no other file")
 
 
 def run(args: argparse.Namespace) -> int:
-    job = load_contract(FinetuneJob, args.config, args.set)
+    job = load_contract(DistillJob if job_named(args.config) == "distill" else FinetuneJob, args.config, args.set)
     validation = validate_job(job)
     _print(validation)
     if args.html:

@@ -1,11 +1,13 @@
-"""What `jobs/finetune.py` runs."""
+"""What `jobs/finetune.py` and `jobs/distill.py` run."""
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from adaptfleet.contracts.base import Spec
 from adaptfleet.contracts.data import DataSpec
+from adaptfleet.contracts.distillation import Distillation
 from adaptfleet.contracts.methods import Lora, Method, ServedAs
 from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.contracts.names import DEFAULT_ALIAS, SafeAlias, SafeName
@@ -227,6 +229,15 @@ class FinetuneJob(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _distillation_fits_the_method(self) -> "FinetuneJob":
+        spec = self.objective
+        learns_tokens = hasattr(self.method, "num_virtual_tokens")
+        if isinstance(spec, Distillation) and learns_tokens and (spec.align.is_on or spec.source.kind == "on_policy"):
+            what = "align" if spec.align.is_on else "source.kind 'on_policy'"
+            raise ValueError(f"objective.{what} is not for methods with virtual tokens such as {self.method.kind!r}; use lora or full")
+        return self
+
     def published_as(self) -> ServedAs:
         """The kind of the artifact. Only for jobs that publish."""
         served = self.method.served_as()
@@ -240,3 +251,17 @@ class FinetuneJob(Spec):
 
     def run_name(self) -> str:
         return self.run or f"{self.publish.name if self.publish else self.method.kind}-{self.fingerprint()}"
+
+
+class DistillJob(FinetuneJob):
+    """A fine-tune of the student (`model`) towards a teacher (`objective.teacher`). With `method.kind: full` a smaller student becomes a
+    model of its own; with LoRA an adapter."""
+
+    job: Literal["distill"] = "distill"  # type: ignore[assignment]  # a contract of one program is no contract of the other
+    objective: Distillation
+
+
+def stored_job(text: str) -> FinetuneJob:
+    """A job from its own JSON, of its own kind."""
+    kind = DistillJob if json.loads(text).get("job") == "distill" else FinetuneJob
+    return kind.model_validate_json(text, strict=False)

@@ -53,6 +53,15 @@ def load_contract(kind: type[S], path: str | Path, overrides: Sequence[str] = ()
     return parse_contract(kind, text, overrides, origin=str(file))
 
 
+def job_named(path: str | Path) -> str | None:
+    """The `job` that a contract's file names. None: it names none, or is no contract, which `load_contract` tells better."""
+    try:
+        values = _yaml(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, ContractError):
+        return None
+    return values.get("job") if isinstance(values, dict) else None
+
+
 def parse_contract(kind: type[S], text: str, overrides: Sequence[str] = (), origin: str = "contract") -> S:
     """The same from YAML text."""
     try:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from adaptfleet.contracts.base import Spec
+from adaptfleet.contracts.distillation import Distillation
 
 
 class Sft(Spec):
@@ -38,6 +39,6 @@ def _kind(value: Any) -> str:
 
 
 Objective = Annotated[
-    Annotated[Sft, Tag("sft")] | Annotated[Dpo, Tag("dpo")] | Annotated[Orpo, Tag("orpo")],
+    Annotated[Sft, Tag("sft")] | Annotated[Dpo, Tag("dpo")] | Annotated[Orpo, Tag("orpo")] | Annotated[Distillation, Tag("distill")],
     Discriminator(_kind),
 ]

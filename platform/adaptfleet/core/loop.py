@@ -1,8 +1,9 @@
 """The training loop: packed rows, one update a step, the same losses for any number of workers. Knows nothing of Ray."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,6 +71,7 @@ class Trainer:
         self.call = call or (lambda function, batch: function(model, batch))
         self.optimizer = MasterAdamW(model, train.weight_decay)
         self.step = 0
+        self._step_rows: Sequence[Any] = rows
         self.rank, self.num_shares = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._group = None
         if mesh is not None:
@@ -78,11 +80,14 @@ class Trainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything a resumed run needs but the step."""
-        return self.optimizer.state() | {f"method.{key}": value.clone() for key, value in self.adaptation.state().items()}
+        parts = {"method": self.adaptation.state(), "objective": self.objective.state()}
+        return self.optimizer.state() | {f"{part}.{key}": value.clone() for part, state in parts.items() for key, value in state.items()}
 
     def load_state(self, state: dict[str, torch.Tensor], step: int) -> None:
         self.optimizer.load_state(state)
-        self.adaptation.load_state({key.removeprefix("method."): value for key, value in state.items() if key.startswith("method.")})
+        for part in (self.adaptation, self.objective):
+            prefix = "method." if part is self.adaptation else "objective."
+            part.load_state({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
         self.step = step
 
     def run(self) -> Iterator[StepResult]:
@@ -94,8 +99,9 @@ class Trainer:
 
     def _update(self) -> StepResult:
         packs = self.plan.steps[self.step]
+        self._step_rows = self.objective.rows_of_step(self.model, self.call, self.rows, self.plan, self.step)
         # Known to every worker without a message: the mean is over the step's labels (or pairs), not over each worker's.
-        num_units = self.objective.num_units(self.rows[i] for pack in packs for i in pack.indices)
+        num_units = self.objective.num_units(self._step_rows[i] for pack in packs for i in pack.indices)
         # Dropout draws anew each step, and a resumed step draws what the first try drew.
         torch.manual_seed(hash((self.train.seed, self.step, self.rank)))
         total = torch.zeros(())
@@ -122,7 +128,7 @@ class Trainer:
         self.step += 1
         self.optimizer.take_zeros(self.adaptation.after_step(self.model, self.step))
         self.optimizer.zero_grad()
-        num_tokens = sum(len(self.rows[i]) for pack in packs for i in pack.indices)
+        num_tokens = sum(len(self._step_rows[i]) for pack in packs for i in pack.indices)
         return StepResult(self.step, loss, learning_rate, norm, num_tokens)
 
     def _passes(self) -> Iterator[PackedBatch]:
@@ -140,8 +146,8 @@ class Trainer:
                 yield replace(idle, label_mask_BT=torch.zeros_like(idle.label_mask_BT))
 
     def batch(self, packs: list[Pack]) -> PackedBatch:
-        arrays = [pack_arrays(pack, self.rows, self.plan.pack_tokens, self.pad_id) for pack in packs]
-        return PackedBatch.stack(arrays, self.model.device)
+        arrays = [pack_arrays(pack, self._step_rows, self.plan.pack_tokens, self.pad_id) for pack in packs]
+        return replace(PackedBatch.stack(arrays, self.model.device), rows=tuple(i for pack in packs for i in pack.indices))
 
     def _sum_over_workers(self, total: torch.Tensor) -> torch.Tensor:
         """Adds the loss and all gradients that FSDP has not added, over the workers in one message, in float32."""

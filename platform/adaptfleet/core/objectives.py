@@ -1,7 +1,7 @@
 """The losses a run can have, each summed over its units: labelled tokens, or pairs of a chosen and a rejected answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, assert_never
 
@@ -12,14 +12,12 @@ from torch.nn import functional as F  # noqa: N812  the name everyone knows
 from adaptfleet.contracts import objectives as contracts
 from adaptfleet.core.losses import token_log_probs
 from adaptfleet.core.methods.adaptation import AdaptedModel
-from adaptfleet.core.packed_forward import PackedBatch, hidden_states, num_virtual_tokens, plain_base, summed_loss
+from adaptfleet.core.packed_forward import Call, PackedBatch, hidden_states, num_virtual_tokens, plain_base, summed_loss
+from adaptfleet.core.steps import StepPlan
 
 
 class Objective:
     """Supervised fine-tuning; preferences are a subclass each."""
-
-    pairs = False
-    """Whether it trains on rows of a chosen and a rejected answer."""
 
     def num_units(self, rows: Iterable[Any]) -> int:
         """What the loss is a mean over, in these rows."""
@@ -28,11 +26,20 @@ class Objective:
     def summed_loss(self, model: AdaptedModel, batch: PackedBatch) -> torch.Tensor:
         return summed_loss(model, batch)
 
+    def rows_of_step(self, model: AdaptedModel, call: Call, rows: Sequence[Any], plan: StepPlan, step: int) -> Sequence[Any]:
+        """What the step trains on: the data's rows, unless an objective makes rows of its own. All workers ask, before each step."""
+        return rows
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs beside the trained parameters."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes back what `state` gave."""
+
 
 class Preference(Objective, ABC):
     """A row holds a chosen and a rejected answer to one prompt, in segments 2j and 2j + 1 of the packed row."""
-
-    pairs = True
 
     def num_units(self, rows: Iterable[Any]) -> int:
         return sum(1 for _ in rows)
@@ -75,7 +82,8 @@ class OddsRatioPreference(Preference):
         return -mean_P2[:, 0] - self.spec.weight * F.logsigmoid(margin_P), margin_P.detach()
 
 
-def objective(spec: contracts.Objective) -> Objective:
+def objective(spec: contracts.Sft | contracts.Dpo | contracts.Orpo) -> Objective:
+    """Of a model alone; `distill` has the objective that needs a teacher beside it."""
     match spec:
         case contracts.Sft():
             return Objective()

@@ -24,6 +24,8 @@ class PackedBatch:
     segment_ids_BT: torch.Tensor
     label_mask_BT: torch.Tensor
     """True where the token is to be predicted (from the one before it)."""
+    rows: tuple[int, ...] = ()
+    """Numbers of the training rows in it, in the order in which they stand; empty where nobody asks for them."""
 
     @classmethod
     def stack(cls, rows: list[dict[str, np.ndarray]], device: torch.device) -> "PackedBatch":

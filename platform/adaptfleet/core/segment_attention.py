@@ -157,7 +157,7 @@ _attention.register_autograd(_backward, setup_context=_keep)
 def segment_attention(
     query_BHTD: torch.Tensor, key_BHTD: torch.Tensor, value_BHTD: torch.Tensor, segment_ids_BT: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """softmax(scale * Q K^T) V [B, H, T, D], where a query sees the keys of its own segment up to itself. Segments are runs of equal ids."""
+    """softmax(scale * Q K^T) V [B, H, T, D], where a query sees its own segment up to itself. A segment is a run of equal ids."""
     return _attention(query_BHTD, key_BHTD, value_BHTD, segment_ids_BT, scale)[0]
 
 

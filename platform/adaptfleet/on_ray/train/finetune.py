@@ -5,10 +5,13 @@ import json
 import logging
 from contextlib import ExitStack
 from importlib import metadata
+from typing import Any
 
 from adaptfleet.contracts import errors
 from adaptfleet.contracts.artifacts import Draft, Manifest
+from adaptfleet.contracts.distillation import Distillation, Offline
 from adaptfleet.contracts.jobs import FinetuneJob, PublishSpec
+from adaptfleet.core.distill.teacher_logits import LogitFiles
 from adaptfleet.on_ray.joining import joined_cluster
 from adaptfleet.on_ray.train.preflight import Prepared, prepare
 from adaptfleet.on_ray.train.report import write_report
@@ -67,6 +70,7 @@ def _describe(job: FinetuneJob, prepared: Prepared, folder: RunFolder) -> None:
         "num_steps": len(plan.steps),
         "num_tokens": plan.num_tokens,
         "pack_fill": round(plan.fill, 4),
+        "teacher": _teacher(job, prepared),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
     }
     folder.write_json("facts.json", facts)
@@ -76,6 +80,17 @@ def _describe(job: FinetuneJob, prepared: Prepared, folder: RunFolder) -> None:
         job.run_name(), facts["num_train_rows"], facts["num_test_rows"], len(plan.steps), job.train.num_packs,
         100 * plan.fill, f"{plan.num_tokens:,}",
     )  # fmt: skip
+
+
+def _teacher(job: FinetuneJob, prepared: Prepared) -> dict[str, Any] | None:
+    """Which teacher, and where what it says of the rows lies if it is asked only once."""
+    spec, found = job.objective, prepared.teacher
+    if not isinstance(spec, Distillation) or found is None:
+        return None
+    facts = {"name": found.name, "revision": found.revision, "folder": str(found.folder), "vocab_size": found.vocab_size}
+    if isinstance(spec.source, Offline):
+        facts["logits"] = str(LogitFiles.of(spec, spec.source, prepared.train_rows, found.revision).folder)
+    return facts
 
 
 def _metrics(folder: RunFolder) -> dict[str, float]:
@@ -102,6 +117,7 @@ def _publish(
         method=method,
         parents=(
             f"base:{prepared.base}:{prepared.base_revision[:16]}",
+            *([prepared.teacher.parent()] if prepared.teacher else []),
             *(f"data:{entry.source}:{prepared.dataset.sha256[:16]}" for entry in job.data.sources()),
         ),
         contract_fingerprint=job.fingerprint(),

@@ -7,8 +7,10 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import ScalingConfig  # ray.train's own name is typed as the old one
 
+from adaptfleet.contracts.distillation import Distillation
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import ClusterSpec, FinetuneJob
+from adaptfleet.on_ray.distill.scoring import score_rows
 from adaptfleet.on_ray.train.failures import FailureCount
 from adaptfleet.on_ray.train.places import equal_share, shortage
 from adaptfleet.on_ray.train.progress import ProgressTeller
@@ -31,6 +33,8 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
     cluster = job.cluster
     with ray.init(ignore_reinit_error=True):
         cpus, gpus = worker_resources(cluster)
+        if isinstance(job.objective, Distillation) and job.objective.source.kind == "offline":
+            score_rows(job, folder, cpus, gpus)
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job.model_dump_json(), "folder": str(folder.path), "num_cpus": cpus},

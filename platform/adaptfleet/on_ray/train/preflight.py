@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adaptfleet.contracts.errors import AdaptfleetError, ContractError, DataError
+from adaptfleet.contracts.distillation import Distillation
+from adaptfleet.contracts.errors import AdaptfleetError, ContractError, DataError, ModelError
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.contracts.objectives import Dpo, Orpo
 from adaptfleet.contracts.serving import ServingSpec
 from adaptfleet.core.data.datasets import DatasetIndex, RowNumbers, open_dataset
 from adaptfleet.core.data.examples import Example
@@ -21,11 +23,11 @@ from adaptfleet.core.data.token_cache import Encoder, tokenise, tokenizer_sha256
 from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.models.loading import base_revision, load_tokenizer, resolve_model_folder
-from adaptfleet.core.objectives import objective
 from adaptfleet.core.recomputation import check_recomputable
 from adaptfleet.core.steps import StepPlan, plan_steps
 from adaptfleet.core.tensor_parallel import check_splittable
 from adaptfleet.on_ray.data.execution import choose_execution
+from adaptfleet.on_ray.distill.teacher import FoundTeacher, find_teacher
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.store.registry import Registry
 
@@ -41,6 +43,7 @@ class Prepared:
     test_examples: list[Example]
     """The first of the test rows that have a prompt, to be answered."""
     plan: StepPlan
+    teacher: FoundTeacher | None = None
 
 
 def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], None]) -> Prepared:
@@ -58,6 +61,12 @@ def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], Non
         _check_method(folder, job)
     except ContractError as error:
         offenders.append(error)
+    teacher = None
+    if isinstance(job.objective, Distillation):
+        try:
+            teacher = find_teacher(job.objective, job.model, folder, tokenizer, registry)
+        except (ContractError, ModelError) as error:
+            offenders.append(error)
 
     def fetch(reference: str) -> Path:
         return registry.fetch(registry.resolve(reference), home() / "cache" / "artifacts")
@@ -79,12 +88,12 @@ def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], Non
     num_answered = max(job.evaluation.max_generated_rows, job.evaluation.max_sample_rows)
     examples = _answerable(dataset, dataset.test[shuffled], num_answered)
     plan = plan_steps(train_rows, job.train, Mixture(tuple(map(len, tokens.train_parts)), dataset.weights))
-    return Prepared(base_id, base_revision(folder), dataset, train_rows, tokens.rows(tokens.test[shuffled]), examples, plan)
+    return Prepared(base_id, base_revision(folder), dataset, train_rows, tokens.rows(tokens.test[shuffled]), examples, plan, teacher)
 
 
 def _check_forms(dataset: DatasetIndex, job: FinetuneJob) -> None:
     """DataError where the objective is for another form of rows."""
-    wants_pairs = objective(job.objective).pairs
+    wants_pairs = isinstance(job.objective, Dpo | Orpo)
     used = np.concatenate([dataset.train, dataset.test])
     are_pairs = np.concatenate([scan.forms_N for scan in dataset.scans])[used] == PAIR
     wrong = used[are_pairs != wants_pairs]

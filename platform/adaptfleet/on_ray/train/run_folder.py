@@ -27,7 +27,7 @@ import numpy as np
 
 from adaptfleet.contracts.errors import TrainingError
 from adaptfleet.contracts.home import home
-from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.contracts.jobs import FinetuneJob, stored_job
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.rows import read_rows
 from adaptfleet.core.data.tokens import Rows, TokenFile
@@ -44,7 +44,7 @@ class RunFolder:
         folder = cls(home() / "runs" / job.run_name())
         contract = folder.path / "contract.json"
         if contract.exists():
-            earlier = FinetuneJob.model_validate_json(contract.read_text(), strict=False)
+            earlier = stored_job(contract.read_text())
             if earlier.fingerprint() != job.fingerprint():
                 raise TrainingError(
                     f"the run {job.run_name()!r} in {folder.path} was begun with another contract ({earlier.fingerprint()}, "

@@ -11,9 +11,12 @@ from typing import Any
 import ray.train
 import torch
 from ray.train import CheckpointUploadMode
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
 
+from adaptfleet.contracts.distillation import Distillation
 from adaptfleet.contracts.errors import AdaptfleetError, ContractError
-from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.contracts.jobs import FinetuneJob, stored_job
 from adaptfleet.contracts.methods import QLora
 from adaptfleet.core.checkpoint import read_progress, read_tensors, write_checkpoint
 from adaptfleet.core.compilation import compile_layers, should_compile
@@ -26,10 +29,11 @@ from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.methods.qlora import keep_as_quantized, quantization_config
 from adaptfleet.core.models.device import device, memory_per_worker, model_dtype
 from adaptfleet.core.models.loading import load_base
-from adaptfleet.core.objectives import Preference, objective
+from adaptfleet.core.objectives import Objective, Preference, objective
 from adaptfleet.core.packed_forward import PackedBatch, check_packable
 from adaptfleet.core.recomputation import recompute_layers, should_recompute
 from adaptfleet.core.sharding import choose_placement, shard, worker_mesh
+from adaptfleet.on_ray.distill.teacher import captures_layers, distillation, end_ids, load_teacher
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.on_ray.train.failures import PreemptedError
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
@@ -44,7 +48,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if folder.read_json("failure.json") is not None:
         return
     try:
-        _FinetuneWorker(FinetuneJob.model_validate_json(config["job"], strict=False), folder, config["num_cpus"]).run()
+        _FinetuneWorker(stored_job(config["job"]), folder, config["num_cpus"]).run()
     except AdaptfleetError as error:
         # Every worker raises it alike. A raised one would be tried again, to the same end.
         if ray.train.get_context().get_world_rank() == 0:
@@ -70,11 +74,14 @@ class _FinetuneWorker:
         # A base that may be sharded need not fit the device whole: its layers come there one by one.
         self.loads_on = torch.device("cpu") if self.num_workers > 1 and job.cluster.shard != "ddp" else device()
         self.model = self._adapted(check=True)
+        self.teacher = self._teacher()
         compiled, self.compile_reason = should_compile(job.train.compile, self.plan.num_tokens)
-        self.compiled = compiled and self.adaptation.compilable
+        self.compiled = compiled and self.adaptation.compilable and not captures_layers(job.objective)
+        whole = [self.model] if self.teacher is None else [self.model, self.teacher]
         if self.compiled:
-            compile_layers(self.model)
-        parameters = list(self.model.parameters())
+            for model in whole:
+                compile_layers(model)
+        parameters = [p for model in whole for p in model.parameters()]
         memory = memory_per_worker(context.get_local_world_size())
         self.placement = choose_placement(
             job.cluster.shard,
@@ -92,7 +99,6 @@ class _FinetuneWorker:
         self.recompute_reason = f"gradient checkpointing {'on' if recomputes else 'off'}: {reason}"
         if recomputes:
             recompute_layers(self.model)
-        self.objective = objective(job.objective)
         self.is_sharded = self.placement.mode == "fsdp2"
         if self.is_sharded and not self.adaptation.shardable:
             raise ContractError(
@@ -103,11 +109,28 @@ class _FinetuneWorker:
         self.call = shard(self.model, mesh) if mesh else self._call
         if not mesh and self.loads_on != device():
             torch.nn.Module.to(self.model, device())
+        self.objective = self._objective(mesh)
         pad_id = self.tokenizer.pad_token_id
         self.trainer = Trainer(self.model, self.adaptation, job.train, self.plan, self.rows, pad_id, self.objective, self.call, mesh)
 
     def _call(self, function: Callable[[AdaptedModel, PackedBatch], Any], batch: PackedBatch) -> Any:
         return function(self.model, batch)
+
+    def _teacher(self) -> PreTrainedModel | None:
+        """Beside the student in this worker, where the run has one."""
+        spec = self.job.objective
+        if not isinstance(spec, Distillation) or spec.source.kind == "offline":
+            return None
+        teacher = load_teacher(spec, self.facts["teacher"]["folder"])
+        check_packable(teacher, len(self.tokenizer), self.job.train.pack_tokens, int(self.rows.lengths.max()))
+        return teacher
+
+    def _objective(self, mesh: DeviceMesh | None) -> Objective:
+        spec = self.job.objective
+        if not isinstance(spec, Distillation):
+            return objective(spec)
+        ends = end_ids(self.model, self.tokenizer)
+        return distillation(self.job, self.facts["teacher"], self.model, self.teacher, self.rows, mesh, ends)
 
     def _adapted(self, check: bool = False) -> AdaptedModel:
         method = self.job.method

@@ -1,0 +1,309 @@
+"""When a student learns more from a teacher than from the data alone, at an equal number of tokens.
+
+    python bench/distill.py teacher [--seconds 480]                    # again until it says that it is done
+    python bench/distill.py run [--arms ce kd-0.5 ...] [--seeds 0 1 2] [--learning-rates 3e-4] [--seconds 480]
+    python bench/distill.py summary
+
+teacher  the embedded base fine-tuned (full) on the training rows of address-json
+student  the teacher's base with every third layer taken out (30 -> 20), the same for every arm
+arms     ce: cross-entropy of the data's tokens. kd-A, rkl-A, jsd-A: forward KL, reverse KL, JSD from the teacher with alpha A (kd-1.0: no
+         hard labels). kd-A-tT: with temperature T. Every arm sees the same packed rows in the same order and makes as many updates.
+seeds    another subset of `--rows` training rows, in another order
+
+A run is one arm, seed and learning rate; what is not finished after `--seconds` goes on at the next call. Each is measured on rows that
+neither model saw: cross-entropy of a labelled token, exact match and field F1. The learning rate of each arm is chosen by the loss on a
+validation part of the training rows, then compared on the held-out rows: differences to `ce` of the same seeds, with 95% t-intervals over
+the seeds. Teacher and student are trained in full.
+Results: bench/results/distill.json, with all settings.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY / "platform"), str(REPOSITORY)]
+WORK = REPOSITORY / "build" / "bench-distill"
+RESULTS = REPOSITORY / "bench" / "results" / "distill.json"
+PACK_TOKENS, PACKS_PER_STEP = 256, 2
+NUM_VALIDATION, NUM_LOSS_ROWS, NUM_ANSWERED, MAX_NEW_TOKENS = 64, 128, 64, 80
+DIVERGENCES = {"kd": "forward_kl", "rkl": "reverse_kl", "jsd": "jsd"}
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t, by degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    arm: str
+    seed: int
+    learning_rate: float
+    rows: int
+    steps: int
+
+    def name(self) -> str:
+        return f"{self.arm}_seed{self.seed}_lr{self.learning_rate:g}_rows{self.rows}_steps{self.steps}"
+
+
+class Clock:
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def is_over(self) -> bool:
+        return time.monotonic() > self.end
+
+
+def data() -> tuple[list[Any], list[Any], list[Any]]:
+    """Examples to train on, to validate with, and held out."""
+    from adaptfleet.contracts.data import DataSpec
+    from adaptfleet.core.data.datasets import load_dataset
+
+    dataset = load_dataset(DataSpec())
+    return list(dataset.train[NUM_VALIDATION:]), list(dataset.train[:NUM_VALIDATION]), list(dataset.test)
+
+
+def train(trainer: Any, folder: Path, clock: Clock) -> bool:
+    """Goes on from the folder's checkpoint; False: the time is over and a checkpoint is there."""
+    from adaptfleet.core.checkpoint import read_progress, read_tensors, write_checkpoint
+
+    kept = sorted(folder.glob("checkpoint-*"))
+    if kept:
+        trainer.load_state(read_tensors(kept[-1], trainer.state()), read_progress(kept[-1])["step"])
+    for result in trainer.run():
+        if result.step % 10 == 0 or result.step == 1:
+            print(f"{folder.name}: step {result.step}/{len(trainer.plan.steps)}, loss {result.loss:.4f}", flush=True)
+        is_last = result.step == len(trainer.plan.steps)
+        if clock.is_over() or is_last:
+            unfinished = folder / "unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            write_checkpoint(unfinished, trainer.state(), {"step": result.step})
+            unfinished.rename(folder / f"checkpoint-{result.step:06}")
+            for old in kept:
+                shutil.rmtree(old)
+            return is_last
+    return True
+
+
+def loaded(source: str) -> tuple[Any, Any]:
+    from adaptfleet.contracts.model import ModelSpec
+    from adaptfleet.core.models.loading import load_base
+
+    model, tokenizer, _ = load_base(ModelSpec(source=source))
+    return model, tokenizer
+
+
+def drop_layers(model: Any) -> Any:
+    """Every third layer out: 0 1 . 3 4 . 6 7 . ..."""
+    import torch
+
+    kept = [layer for i, layer in enumerate(model.model.layers) if i % 3 != 2]
+    model.model.layers = torch.nn.ModuleList(kept)
+    for i, layer in enumerate(kept):
+        layer.self_attn.layer_idx = i
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[: len(kept)]
+    return model
+
+
+def make_trainer(model: Any, rows: list[Any], pad_id: int, learning_rate: float, steps: int, seed: int, objective: Any = None) -> Any:
+    from adaptfleet.contracts.jobs import TrainSpec
+    from adaptfleet.contracts.methods import Full
+    from adaptfleet.core.loop import Trainer
+    from adaptfleet.core.methods.choice import adaptation
+    from adaptfleet.core.steps import plan_steps
+
+    spec = TrainSpec(
+        epochs=1000, max_steps=steps, pack_tokens=PACK_TOKENS, packs_per_step=PACKS_PER_STEP, learning_rate=learning_rate, seed=seed
+    )
+    adapted = adaptation(Full())
+    return Trainer(adapted.attach(model, seed), adapted, spec, plan_steps(rows, spec), rows, pad_id, objective)
+
+
+def measured(model: Any, tokenizer: Any, examples: list[Any], answered: int) -> dict[str, float]:
+    from adaptfleet.core.data.encoding import encode_all
+    from adaptfleet.core.evaluation.held_out import answer_scores, greedy_answers, held_out_loss
+
+    rows = encode_all(examples[:NUM_LOSS_ROWS], tokenizer, PACK_TOKENS)
+    values = {"loss": held_out_loss(model, rows, PACK_TOKENS, tokenizer.pad_token_id).loss}
+    if answered:
+        answers = greedy_answers(model, tokenizer, examples[:answered], MAX_NEW_TOKENS)
+        values |= answer_scores(answers, examples[:answered]).metrics()
+    return values
+
+
+def make_teacher(args: argparse.Namespace) -> None:
+    from adaptfleet.core.data.encoding import encode_all
+    from adaptfleet.core.export import export_model
+
+    folder = WORK / "teacher"
+    if (folder / "facts.json").exists():
+        print("the teacher is there:", (folder / "facts.json").read_text())
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = loaded("smollm2-135m")
+    examples, _, test = data()
+    rows = encode_all(examples, tokenizer, PACK_TOKENS)
+    trainer = make_trainer(model, rows, tokenizer.pad_token_id, args.learning_rate, args.steps, seed=0)
+    if not train(trainer, folder, Clock(args.seconds)):
+        print("not done; call again to go on")
+        return
+    export_model(trainer.model, tokenizer, folder / "model")
+    facts = {"held_out": measured(trainer.model, tokenizer, test, NUM_ANSWERED), "tokens": trainer.plan.num_tokens, **vars(args)}
+    (folder / "facts.json").write_text(json.dumps({k: v for k, v in facts.items() if k != "do"}))
+    print("the teacher:", facts["held_out"])
+
+
+def objective_of(arm: str, student: Any, teacher: Any) -> Any:
+    """None for plain cross-entropy."""
+    from adaptfleet.contracts.distillation import Distillation
+    from adaptfleet.contracts.model import ModelSpec
+    from adaptfleet.core.distill.objective import KnowledgeDistillation
+    from adaptfleet.core.distill.teachers import OnlineTeacher
+
+    if arm == "ce":
+        return None
+    kind, alpha, *rest = arm.split("-")
+    temperature = float(rest[0].removeprefix("t")) if rest else 1.0
+    spec = Distillation(teacher=ModelSpec(), divergence=DIVERGENCES[kind], alpha=float(alpha), temperature=temperature)  # type: ignore[arg-type]
+    return KnowledgeDistillation(spec, OnlineTeacher(teacher, spec, student.config.vocab_size), student)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from adaptfleet.core.data.encoding import encode_all
+    from adaptfleet.core.data.sample_order import permutation
+
+    torch.set_num_threads(args.threads)
+    clock = Clock(args.seconds)
+    wanted = [Settings(arm, seed, rate, args.rows, args.steps) for seed in args.seeds for rate in args.learning_rates for arm in args.arms]
+    pending = [s for s in wanted if not (WORK / "runs" / s.name() / "result.json").exists()]
+    print(f"{len(pending)} of {len(wanted)} runs are to be made")
+    base, tokenizer = loaded("smollm2-135m")
+    teacher, _ = loaded(str(WORK / "teacher" / "model"))
+    examples, validation, test = data()
+    for settings in pending:
+        if clock.is_over():
+            break
+        folder = WORK / "runs" / settings.name()
+        folder.mkdir(parents=True, exist_ok=True)
+        chosen = [examples[i] for i in permutation(len(examples), settings.seed, 0)[: settings.rows]]
+        student = drop_layers(copy.deepcopy(base))
+        objective = objective_of(settings.arm, student, teacher)
+        rows = encode_all(chosen, tokenizer, PACK_TOKENS)
+        began = time.monotonic()
+        trainer = make_trainer(student, rows, tokenizer.pad_token_id, settings.learning_rate, settings.steps, settings.seed, objective)
+        if not train(trainer, folder, clock):
+            break
+        result = {
+            "settings": asdict(settings),
+            "tokens": trainer.plan.num_tokens,
+            "validation": measured(student, tokenizer, validation, 0),
+            "held_out": measured(student, tokenizer, test, NUM_ANSWERED),
+            "last_seconds": time.monotonic() - began,
+        }
+        (folder / "result.json.part").write_text(json.dumps(result))
+        (folder / "result.json.part").rename(folder / "result.json")
+        for kept in folder.glob("checkpoint-*"):
+            shutil.rmtree(kept)
+        print(settings.name(), {k: round(v, 4) for k, v in result["held_out"].items()}, f"{result['last_seconds']:.0f} s", flush=True)
+    left = [s for s in wanted if not (WORK / "runs" / s.name() / "result.json").exists()]
+    print(f"{len(left)} runs are left; call again to go on" if left else "all runs are made")
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean with its 95% t-interval; no interval of a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return {"mean": mean, "num_seeds": len(values)}
+    half = T_95.get(len(values) - 1, 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "num_seeds": len(values)}
+
+
+def summary(args: argparse.Namespace) -> None:
+    results = [json.loads(file.read_text()) for file in sorted((WORK / "runs").glob("*/result.json"))]
+    groups: dict[tuple[int, int], dict[str, dict[float, dict[int, Any]]]] = {}
+    for result in results:
+        s = result["settings"]
+        by_rate = groups.setdefault((s["rows"], s["steps"]), {}).setdefault(s["arm"], {})
+        by_rate.setdefault(s["learning_rate"], {})[s["seed"]] = result
+    tables = []
+    for (rows, steps), arms in sorted(groups.items()):
+        best = {}
+        for arm, by_rate in arms.items():
+            # chosen among learning rates with the most seeds, by the validation part alone
+            most = max(map(len, by_rate.values()))
+            rates = {rate: seeds for rate, seeds in by_rate.items() if len(seeds) == most}
+            rate = min(rates, key=lambda r: statistics.fmean(v["validation"]["loss"] for v in rates[r].values()))
+            best[arm] = (rate, rates[rate])
+        table: dict[str, Any] = {"rows": rows, "steps": steps, "arms": {}}
+        for arm, (rate, seeds) in best.items():
+            metrics = [m for m in ("loss", "exact_match", "field_f1") if all(m in r["held_out"] for r in seeds.values())]
+            entry: dict[str, Any] = {"learning_rate": rate, "tokens": next(iter(seeds.values()))["tokens"], "seeds": sorted(seeds)}
+            entry |= {m: interval([r["held_out"][m] for r in seeds.values()]) for m in metrics}
+            plain = best.get("ce", (0, {}))[1]
+            shared = sorted(set(seeds) & set(plain))
+            if arm != "ce" and shared:
+                entry["less_ce"] = {m: interval([seeds[s]["held_out"][m] - plain[s]["held_out"][m] for s in shared]) for m in metrics}
+            table["arms"][arm] = entry
+        tables.append(table)
+    teacher = json.loads((WORK / "teacher" / "facts.json").read_text())
+    shape = {"pack_tokens": PACK_TOKENS, "packs_per_step": PACKS_PER_STEP, "loss_rows": NUM_LOSS_ROWS, "answered_rows": NUM_ANSWERED}
+    report = {
+        "teacher": teacher,
+        "student": "the base with every third of its 30 layers taken out",
+        "method": "full",
+        "data": "address-json",
+        "settings": shape | {"validation_rows": NUM_VALIDATION, "max_new_tokens": MAX_NEW_TOKENS},
+        "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
+        "tables": tables,
+        "runs": results,
+    }
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    for table in tables:
+        print(f"{table['rows']} rows, {table['steps']} steps")
+        for arm, entry in table["arms"].items():
+            against = entry.get("less_ce", {}).get("loss")
+            difference = (
+                f", less ce {against['mean']:+.4f} [{against.get('low', math.nan):+.4f}, {against.get('high', math.nan):+.4f}]"
+                if against
+                else ""
+            )
+            numbers = ", ".join(f"{m} {entry[m]['mean']:.4f}" for m in ("loss", "exact_match", "field_f1") if m in entry)
+            print(f"  {arm:12} lr {entry['learning_rate']:g}, {len(entry['seeds'])} seeds: {numbers}{difference}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(required=True)
+    teacher = actions.add_parser("teacher")
+    teacher.add_argument("--steps", type=int, default=240)
+    teacher.add_argument("--learning-rate", type=float, default=2e-4)
+    teacher.add_argument("--seconds", type=float, default=480)
+    teacher.set_defaults(do=make_teacher)
+    runs = actions.add_parser("run")
+    runs.add_argument("--arms", nargs="+", default=["ce", "kd-0.5", "kd-1.0"])
+    runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    runs.add_argument("--learning-rates", nargs="+", type=float, default=[3e-4])
+    runs.add_argument("--rows", type=int, default=300)
+    runs.add_argument("--steps", type=int, default=60)
+    runs.add_argument("--threads", type=int, default=1)
+    runs.add_argument("--seconds", type=float, default=480)
+    runs.set_defaults(do=run)
+    actions.add_parser("summary").set_defaults(do=summary)
+    args = parser.parse_args()
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()

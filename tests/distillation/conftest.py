@@ -1,0 +1,52 @@
+"""A teacher and a smaller student of one tokenizer, made in code."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from tests.training.conftest import VOCABULARY, make_tokenizer, write_sums
+
+_SHAPES = {
+    "teacher": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "student": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "narrow": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+}
+
+
+def make_llama(shape: str, vocabulary: int = VOCABULARY) -> PreTrainedModel:
+    """A frozen float32 model with random weights large enough to matter."""
+    torch.manual_seed(len(shape))
+    config = LlamaConfig(
+        **_SHAPES[shape], vocab_size=vocabulary, intermediate_size=48, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=2
+    )
+    config._attn_implementation = "sdpa"
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a model with its tokenizer, once for each shape."""
+    made: dict[str, Path] = {}
+
+    def save(shape: str) -> Path:
+        if shape not in made:
+            made[shape] = tmp_path_factory.mktemp("models") / f"tiny-{shape}"
+            make_llama(shape).save_pretrained(made[shape])
+            make_tokenizer().save_pretrained(made[shape])
+        return made[shape]
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sums(tmp_path_factory.mktemp("data") / "sums.jsonl", 8, 8)

@@ -1,5 +1,6 @@
 """Cross-entropy on a large vocabulary without its logits. Shapes: N labelled positions, D hidden, V vocabulary."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,44 +10,69 @@ CHUNK_POSITIONS = 512
 """Positions whose logits are held at once: 512 x 49,152 in float32 is 100 MB."""
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies; the gradients are formed chunk by chunk in the forward pass, so logits never stay."""
+LogitLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+"""Of logits [C, V] in float32, which it may overwrite, and their slice of the N positions: the summed loss, and its derivative by the
+logits."""
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """A loss of logits, summed; the gradients are formed chunk by chunk in the forward pass, so logits never stay."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor):
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        loss: LogitLoss,
+        chunk_positions: int,
+    ):
         grad_ND = torch.empty_like(hidden_ND)
         grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
         grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and bias_V.requires_grad else None
         total = hidden_ND.new_zeros((), dtype=torch.float32)
-        for begin in range(0, hidden_ND.shape[0], CHUNK_POSITIONS):
-            part = slice(begin, begin + CHUNK_POSITIONS)
-            logits_CV = F.linear(hidden_ND[part], weight_VD, bias_V).float()
-            log_norm_C = torch.logsumexp(logits_CV, dim=-1)
-            labels_C = labels_N[part]
-            total += (log_norm_C - logits_CV.gather(1, labels_C[:, None]).squeeze(1)).sum()
-            # d loss / d logits = softmax - one-hot
-            probs_CV = logits_CV.sub_(log_norm_C[:, None]).exp_()
-            probs_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
-            errors_CV = probs_CV.to(weight_VD.dtype)
-            torch.mm(errors_CV, weight_VD, out=grad_ND[part])
+        for begin in range(0, hidden_ND.shape[0], chunk_positions):
+            part = slice(begin, begin + chunk_positions)
+            loss_of_part, errors_CV = loss(F.linear(hidden_ND[part], weight_VD, bias_V).float(), part)
+            total += loss_of_part
+            rounded_CV = errors_CV.to(weight_VD.dtype)
+            torch.mm(rounded_CV, weight_VD, out=grad_ND[part])
             if grad_VD is not None:
-                grad_VD += errors_CV.T @ hidden_ND[part]
+                grad_VD += rounded_CV.T @ hidden_ND[part]
             if grad_V is not None:
-                grad_V += probs_CV.sum(0)
+                grad_V += errors_CV.sum(0)
         ctx.save_for_backward(grad_ND, grad_VD, grad_V)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor):
-        return *(g if g is None else (g * grads[0].to(g.dtype)).to(ctx.saved_tensors[0].dtype) for g in ctx.saved_tensors), None
+        formed = (g if g is None else (g * grads[0].to(g.dtype)).to(ctx.saved_tensors[0].dtype) for g in ctx.saved_tensors)
+        return *formed, None, None
+
+
+def chunked_loss(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, loss: LogitLoss, chunk_positions: int
+) -> torch.Tensor:
+    """The loss of the logits hidden W^T + b, summed over N. The head (W, b) gets gradients where it is trained."""
+    return _ChunkedLoss.apply(hidden_ND, weight_VD, bias_V, loss, chunk_positions)
 
 
 def summed_cross_entropy(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor
 ) -> torch.Tensor:
     """Sum over N of -log softmax(hidden W^T + b)[label], in float32. The head (W, b) gets gradients where it is trained."""
+
+    def loss(logits_CV: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        labels_C = labels_N[part]
+        log_norm_C = torch.logsumexp(logits_CV, dim=-1)
+        summed = (log_norm_C - logits_CV.gather(1, labels_C[:, None]).squeeze(1)).sum()
+        # d loss / d logits = softmax - one-hot
+        errors_CV = logits_CV.sub_(log_norm_C[:, None]).exp_()
+        errors_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
+        return summed, errors_CV
+
     if hidden_ND.requires_grad:
-        return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N)
+        return chunked_loss(hidden_ND, weight_VD, bias_V, loss, CHUNK_POSITIONS)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     for begin in range(0, hidden_ND.shape[0], CHUNK_POSITIONS):
         part = slice(begin, begin + CHUNK_POSITIONS)

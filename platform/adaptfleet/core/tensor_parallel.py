@@ -2,8 +2,8 @@
 
 Which modules are cut by columns and which by rows says transformers' plan of the architecture; torch's DTensor styles cut them and add up
 what must be added: going forward the outputs of attention and feed-forward, going back the gradient of what each module cut by columns
-reads. A LoRA is cut along with its
-module: by columns its B, by rows its A; the other half is whole on each worker, and its gradients are equal there without a message.
+reads. A LoRA is cut along with its module: by columns its B, by rows its A; the other half is whole on each worker, and its gradients are
+equal there without a message.
 """
 
 import re

@@ -3,13 +3,12 @@ V vocabulary, K kept tokens, B outcomes (V, or K and the bucket of the rest)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812  the name everyone knows
 
 from adaptfleet.contracts.distillation import Distillation
 from adaptfleet.core.distill.divergences import divergence
+from adaptfleet.core.losses import chunked_loss
 
 CHUNK_POSITIONS = 128
 """Positions whose distributions are held at once: five tensors of 128 x 49,152 in float32 are 126 MB."""
@@ -29,48 +28,6 @@ Targets = Callable[[slice], Distributions]
 """Gives the distributions of a slice of the N positions."""
 
 
-class _ChunkedDistillation(torch.autograd.Function):
-    """Summed losses; the gradients are formed chunk by chunk in the forward pass, so that no distribution stays."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        labels_N: torch.Tensor,
-        hard_N: torch.Tensor,
-        targets: Targets,
-        spec: Distillation,
-    ):
-        grad_ND = torch.empty_like(hidden_ND)
-        grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
-        grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and bias_V.requires_grad else None
-        total = hidden_ND.new_zeros((), dtype=torch.float32)
-        for begin in range(0, hidden_ND.shape[0], CHUNK_POSITIONS):
-            part = slice(begin, begin + CHUNK_POSITIONS)
-            logits_CV = F.linear(hidden_ND[part], weight_VD, bias_V).float()
-            loss_C, errors_CV = hard_losses(logits_CV, labels_N[part], (1 - spec.alpha) * hard_N[part])
-            if spec.alpha:
-                soft_C, soft_errors_CV = soft_losses(logits_CV, targets(part), spec)
-                loss_C = loss_C + spec.alpha * soft_C
-                errors_CV[:, : soft_errors_CV.shape[1]].add_(soft_errors_CV, alpha=spec.alpha)
-            total += loss_C.sum()
-            rounded_CV = errors_CV.to(weight_VD.dtype)
-            torch.mm(rounded_CV, weight_VD, out=grad_ND[part])
-            if grad_VD is not None:
-                grad_VD += rounded_CV.T @ hidden_ND[part]
-            if grad_V is not None:
-                grad_V += errors_CV.sum(0)
-        ctx.save_for_backward(grad_ND, grad_VD, grad_V)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor):
-        formed = (g if g is None else (g * grads[0].to(g.dtype)).to(ctx.saved_tensors[0].dtype) for g in ctx.saved_tensors)
-        return *formed, None, None, None, None
-
-
 def distilled_loss(
     hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -84,7 +41,16 @@ def distilled_loss(
 
     `hard_N` is 1 where the label is the data's, 0 where it is the student's own. The head (W, b) gets gradients where it is trained.
     """
-    return _ChunkedDistillation.apply(hidden_ND, weight_VD, bias_V, labels_N, hard_N, targets, spec)
+
+    def loss(logits_CV: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        loss_C, errors_CV = hard_losses(logits_CV, labels_N[part], (1 - spec.alpha) * hard_N[part])
+        if spec.alpha:
+            soft_C, soft_errors_CV = soft_losses(logits_CV, targets(part), spec)
+            loss_C = loss_C + spec.alpha * soft_C
+            errors_CV[:, : soft_errors_CV.shape[1]].add_(soft_errors_CV, alpha=spec.alpha)
+        return loss_C.sum(), errors_CV
+
+    return chunked_loss(hidden_ND, weight_VD, bias_V, loss, CHUNK_POSITIONS)
 
 
 def hard_losses(logits_CV: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -174,7 +174,9 @@ def objective_of(arm: str, student: Any, teacher: Any) -> Any:
         return None
     kind, alpha, *rest = arm.split("-")
     temperature = float(rest[0].removeprefix("t")) if rest else 1.0
-    spec = Distillation(teacher=ModelSpec(), divergence=DIVERGENCES[kind], alpha=float(alpha), temperature=temperature)  # type: ignore[arg-type]
+    spec = Distillation.model_validate(
+        {"teacher": ModelSpec(), "divergence": DIVERGENCES[kind], "alpha": float(alpha), "temperature": temperature}
+    )
     return KnowledgeDistillation(spec, OnlineTeacher(teacher, spec, student.config.vocab_size), student)
 
 

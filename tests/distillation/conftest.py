@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tests.training.conftest import VOCABULARY, make_tokenizer, write_sums
+from tests.training.conftest import VOCABULARY, make_tokenizer, with_large_weights, write_sums
 
 _SHAPES = {
     "teacher": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -17,19 +17,12 @@ _SHAPES = {
 
 
 def make_llama(shape: str, vocabulary: int = VOCABULARY) -> PreTrainedModel:
-    """A frozen float32 model with random weights large enough to matter."""
     torch.manual_seed(len(shape))
     config = LlamaConfig(
         **_SHAPES[shape], vocab_size=vocabulary, intermediate_size=48, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=2
     )
     config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.requires_grad_(False)
-    model.config.use_cache = False
-    return model.eval()
+    return with_large_weights(LlamaForCausalLM(config))
 
 
 @pytest.fixture(scope="session")

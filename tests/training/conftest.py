@@ -47,9 +47,12 @@ def one_thread() -> Iterator[None]:
 
 
 def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """A frozen float32 model with random weights large enough to matter."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], attn_implementation="sdpa")
+    return with_large_weights(AutoModelForCausalLM.from_config(CONFIGS[architecture], attn_implementation="sdpa"))
+
+
+def with_large_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The model frozen, with random weights large enough to matter."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)

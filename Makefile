@@ -5,10 +5,10 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart serve stop check test test-slow test-all bench bench-train bench-elastic bench-serve bench-compress clean
+.PHONY: help setup doctor quickstart serve stop check check-k8s test test-slow test-all bench bench-train bench-elastic bench-serve bench-compress clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z0-9-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup:  ## make .venv from requirements/cpu.lock (BUILD=gpu: gpu.lock); instant when it is there
 	@$(PYTHON) requirements/install.py $(BUILD)
@@ -31,6 +31,9 @@ check: setup  ## format, lint, types, import rules, guards
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(PYTEST) tests/house
+
+check-k8s: setup  ## every Kubernetes overlay against schemas, the operator's and Serve's rules, contracts and locks
+	$(BIN)/python -m k8s.validation
 
 test: setup  ## all tests but the slow ones
 	$(PYTEST) -m "not slow and not gpu"

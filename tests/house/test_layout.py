@@ -105,12 +105,12 @@ def test_readme_commands_exist() -> None:
     """Each `make TARGET` and each `adaptfleet COMMAND` in the README and the guide is one."""
     from adaptfleet.cli import COMMANDS
 
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for file in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         text = file.read_text(encoding="utf-8")
         fenced = re.findall(r"```.*?\n(.*?)```", text, re.DOTALL)
         code = "\n".join([*fenced, *re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))])
-        named = set(re.findall(r"(?:^|[\s;&(])make ([a-z][a-z-]*)", code, re.MULTILINE))
+        named = set(re.findall(r"(?:^|[\s;&(])make ([a-z][a-z0-9-]*)", code, re.MULTILINE))
         assert named <= targets, f"{file.name}: {sorted(named - targets)}"
         commands = set(re.findall(r"(?:^|[\s/;&(])adaptfleet ([a-z][a-z-]*)", code, re.MULTILINE))
         assert commands <= set(COMMANDS), f"{file.name}: {sorted(commands - set(COMMANDS))}"
@@ -147,9 +147,9 @@ def _locked(build: str) -> dict[str, str]:
     return dict(line.split("==", 1) for line in lines if line and not line.startswith("#"))
 
 
-@pytest.mark.parametrize("folder", ["platform/adaptfleet", "jobs", "serve_apps", "bench", "tests"])
+@pytest.mark.parametrize("folder", ["platform/adaptfleet", "jobs", "serve_apps", "bench", "k8s", "tests"])
 def test_what_is_imported_is_locked(folder: str) -> None:
-    own = {"adaptfleet", "tests", "bench", "jobs", "serve_apps", "tune_spaces"}
+    own = {"adaptfleet", "tests", "bench", "jobs", "k8s", "serve_apps", "tune_spaces"}
     providers = packages_distributions()
     locked = _locked("cpu")
     beside = {file.stem for file in (ROOT / folder).rglob("*.py")}

@@ -1,0 +1,111 @@
+"""Sizes that must fit: what Serve and the jobs ask for, and what the groups' pods have."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from k8s.validation import entrypoints, serve_config
+from k8s.validation.manifests import Document, Finding, name_of
+from k8s.validation.operator_rules import ray_cluster, ray_job
+from k8s.validation.pods import quantity
+
+
+def findings(document: Document, context: list[Document]) -> Iterator[Finding]:
+    if document["kind"] == "RayService":
+        yield from _service(document)
+    job = ray_job(document)
+    if job and not list(entrypoints.findings(document)):
+        yield from _job(document, *job, context)
+
+
+def group_resources(group: Document) -> dict[str, float]:
+    """What Ray's autoscaler takes a group's node to have."""
+    container = (group.get("template", {}).get("spec", {}).get("containers") or [{}])[0]
+    resources = container.get("resources") or {}
+    limits, requests = resources.get("limits") or {}, resources.get("requests") or {}
+    cpus = quantity(limits.get("cpu") or requests.get("cpu") or 0)
+    return {"CPU": float(int(cpus)), "GPU": quantity(limits.get("nvidia.com/gpu") or 0), "memory": quantity(limits.get("memory") or 0)}
+
+
+def _service(document: Document) -> Iterator[Finding]:
+    name, spec = name_of(document), document["spec"]
+    cluster = spec.get("rayClusterConfig") or {}
+    config = serve_config.read(document) or {}
+    groups = cluster.get("workerGroupSpecs") or []
+    port = (config.get("http_options") or {}).get("port", 8000)
+    for group in groups:
+        ports = {
+            entry.get("name"): entry.get("containerPort")
+            for container in group["template"]["spec"]["containers"]
+            for entry in container.get("ports") or []
+        }
+        if ports.get("serve") != port:
+            yield Finding(f"{name} {group['groupName']}", f"the port named serve is {ports.get('serve')}, and Serve listens on {port}")
+        probe = str(group["template"]["spec"]["containers"][0].get("readinessProbe"))
+        if f":{port}/-/healthz" not in probe:
+            yield Finding(f"{name} {group['groupName']}.readinessProbe", f"does not ask Serve's proxy (:{port}/-/healthz)")
+        if not group["template"]["spec"]["containers"][0].get("livenessProbe"):
+            yield Finding(f"{name} {group['groupName']}.livenessProbe", "is missing")
+    if not spec.get("excludeHeadPodFromServeSvc"):
+        yield Finding(f"{name} spec.excludeHeadPodFromServeSvc", "is to be true; the head serves nothing")
+    for application in config.get("applications") or []:
+        args = application.get("args") or {}
+        for deployment in application.get("deployments") or []:
+            yield from _deployment(name, args, deployment, groups)
+
+
+def _deployment(name: str, args: dict[str, Any], deployment: dict[str, Any], groups: list[Document]) -> Iterator[Finding]:
+    where = f"{name} spec.serveConfigV2 deployment {deployment.get('name')}"
+    wanted = deployment.get("ray_actor_options") or {}
+    cpus, gpus = float(wanted.get("num_cpus") or 0), float(wanted.get("num_gpus") or 0)
+    if args.get("cpus_per_replica") is None:
+        yield Finding(f"{where}", "args.cpus_per_replica is not given: it would be read off the head, where the application is built")
+    elif args["cpus_per_replica"] != cpus:
+        yield Finding(f"{where}.ray_actor_options", f"num_cpus {cpus:g} is not args.cpus_per_replica ({args['cpus_per_replica']})")
+    engine = {str(key).replace("-", "_"): value for key, value in (args.get("engine_args") or {}).items()}
+    split = int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
+    if gpus and gpus != split:
+        yield Finding(f"{where}.ray_actor_options", f"num_gpus is {gpus:g}, and the engine is split over {split}")
+    fitting = [group for group in groups if _fits({"CPU": cpus, "GPU": gpus}, group_resources(group))]
+    if not fitting:
+        have = "; ".join(f"{group['groupName']}: {group_resources(group)}" for group in groups)
+        yield Finding(f"{where}.ray_actor_options", f"{cpus:g} CPUs and {gpus:g} GPUs fit on no node of a group. {have}")
+        return
+    scaling = deployment.get("autoscaling_config")
+    most = scaling.get("max_replicas", 1) if isinstance(scaling, dict) else deployment.get("num_replicas") or 1
+    places = sum(_places({"CPU": cpus, "GPU": gpus}, group_resources(group)) * group["maxReplicas"] for group in fitting)
+    if isinstance(most, int) and most > places:
+        yield Finding(f"{where}", f"may have {most} replicas, and the groups have room for {places}")
+    grace = min(group["template"]["spec"].get("terminationGracePeriodSeconds", 30) for group in fitting)
+    if deployment.get("graceful_shutdown_timeout_s", 20) >= grace:
+        yield Finding(f"{where}.graceful_shutdown_timeout_s", f"is not within the pods' grace period of {grace} s")
+
+
+def _job(document: Document, path: str, spec: Document, context: list[Document]) -> Iterator[Finding]:
+    where = f"{name_of(document)} {path}.entrypoint"
+    cluster = (ray_cluster(document) or ("", None))[1]
+    selected = (spec.get("clusterSelector") or {}).get("ray.io/cluster")
+    if cluster is None and selected:
+        cluster = next((other["spec"] for other in context if name_of(other) == f"RayCluster/{selected}"), None)
+    wanted = entrypoints.contract(str(spec.get("entrypoint"))).get("cluster")
+    if cluster is None or not isinstance(wanted, dict):
+        return
+    if wanted.get("cpus_per_worker") is None or wanted.get("gpus_per_worker") is None:
+        yield Finding(where, "cluster.cpus_per_worker and cluster.gpus_per_worker are to be given: the job starts on an empty cluster")
+        return
+    each = {"CPU": float(wanted["cpus_per_worker"]), "GPU": float(wanted["gpus_per_worker"])}
+    groups = [group for group in cluster.get("workerGroupSpecs") or [] if _fits(each, group_resources(group))]
+    places = sum(_places(each, group_resources(group)) * group["maxReplicas"] * group.get("numOfHosts", 1) for group in groups)
+    workers = wanted.get("workers", 1)
+    least, most = (workers["min"], workers["max"]) if isinstance(workers, dict) else (workers, workers)
+    if places < least:
+        yield Finding(where, f"{least} workers of {each['CPU']:g} CPUs and {each['GPU']:g} GPUs never start: there is room for {places}")
+    elif places < most:
+        yield Finding(where, f"up to {most} workers are asked for, and there is room for {places} at most")
+
+
+def _fits(wanted: dict[str, float], has: dict[str, float]) -> bool:
+    return all(has[name] >= value for name, value in wanted.items())
+
+
+def _places(wanted: dict[str, float], has: dict[str, float]) -> int:
+    return min(int(has[name] // value) for name, value in wanted.items() if value)

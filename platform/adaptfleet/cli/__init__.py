@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "rollback": "return an alias to where it pointed before (short for `models rollback`)",
     "serve": "run the OpenAI-compatible endpoint here",
     "stop": "stop what `serve` started, and nothing else",
+    "dev": "an elastic cluster on this machine from Kubernetes manifests: up, status, apply, lose, down",
 }
 _SHORT = {"promote": ["models", "promote"], "rollback": ["models", "rollback"]}
 _FORMATTER = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=16)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adaptfleet.contracts.errors import AdaptfleetError
@@ -28,6 +28,11 @@ _FATE_SHARING = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
     "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
 )
+
+
+def with_parent(command: Sequence[str]) -> list[str]:
+    """The command as one that gets SIGTERM when the thread that starts it ends, however that ends."""
+    return [sys.executable, "-c", _FATE_SHARING, str(os.getpid()), *command]
 
 
 def private_folder(folder: Path | None) -> Path:
@@ -59,10 +64,10 @@ def launch(
     folder: Path, marker: str, num_cpus: int, detached: bool, env: Mapping[str, str]
 ) -> tuple[ClusterRecord | None, subprocess.Popen[bytes], str]:
     """One try. Without a record the start failed, nothing runs any more, and the text says why."""
-    _write_private(folder / "token", secrets.token_hex(32))
+    new_token(folder)
     command = _start_command(folder, num_cpus)
     if not detached:
-        command = [sys.executable, "-c", _FATE_SHARING, str(os.getpid()), *command]
+        command = with_parent(command)
     output = folder / "start.log"
     with output.open("wb") as log:
         process = subprocess.Popen(
@@ -88,6 +93,11 @@ def launch(
     address, dashboard_url = found
     owner = None if detached else ProcessId.of(os.getpid())
     return ClusterRecord(marker, str(folder), address, dashboard_url, num_cpus, leader, owner), process, said
+
+
+def new_token(folder: Path) -> None:
+    """The secret that every process of a cluster shows to the others, for its owner's eyes."""
+    _write_private(folder / "token", secrets.token_hex(32))
 
 
 def _start_command(folder: Path, num_cpus: int) -> list[str]:

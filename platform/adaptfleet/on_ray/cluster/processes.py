@@ -56,14 +56,14 @@ def _stat(pid: int) -> _Stat | None:
     return _Stat(int(parent), int(session), int(rest[15]))
 
 
-def members(leader: ProcessId | None, marker: str) -> set[ProcessId]:
+def members(leader: ProcessId | None, marker: str, variable: str = MARKER) -> set[ProcessId]:
     """All living processes of a cluster: the leader's session, those with the marker in their environment, and what descends from either.
 
     Three signs, because each alone has a gap: jobs get a session of their own, a changed process title may overwrite the environment, and
     an orphan has lost its parent.
     """
     stats = {int(entry.name): found for entry in Path("/proc").iterdir() if entry.name.isdigit() and (found := _stat(int(entry.name)))}
-    sign = f"{MARKER}={marker}".encode()
+    sign = f"{variable}={marker}".encode()
     inside = {pid for pid in stats if _environment_has(pid, sign)}
     if leader is not None and (leader.pid in inside or leader.is_alive()):
         inside |= {pid for pid, stat in stats.items() if pid == leader.pid or stat.session == leader.pid}
@@ -94,18 +94,18 @@ def wait_gone(processes: Iterable[ProcessId], timeout_s: float) -> set[ProcessId
     return alive
 
 
-def end_cluster(leader: ProcessId | None, marker: str, grace_s: float = 20.0) -> set[ProcessId]:
+def end_cluster(leader: ProcessId | None, marker: str, grace_s: float = 20.0, variable: str = MARKER) -> set[ProcessId]:
     """SIGTERM to the leader, which ends its own; then SIGTERM and SIGKILL to what is left. Returns what outlived even that."""
-    known = members(leader, marker)
+    known = members(leader, marker, variable)
     if leader is not None and leader in known:
         leader.send(signal.SIGTERM)
         wait_gone([leader], grace_s)
-    left = {process for process in known | members(None, marker) if process.is_alive()}
+    left = {process for process in known | members(None, marker, variable) if process.is_alive()}
     left = wait_gone(left, 3.0)
     for signum, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 10.0), (signal.SIGKILL, 10.0)):
         if not left:
             return left
         for process in left:
             process.send(signum)
-        left = wait_gone(left, patience_s) | members(None, marker)
+        left = wait_gone(left, patience_s) | members(None, marker, variable)
     return left

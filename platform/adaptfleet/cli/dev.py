@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     up = actions.add_parser("up", help="start it from a manifest, a folder or a kustomization")
     up.add_argument("source", nargs="?", default=_DEFAULT, metavar="PATH", help=f"{_DEFAULT} unless given")
+    up.add_argument("--fleet", action="append", default=[], metavar="RESOURCE=AMOUNT", help="what all pods together may have")
     actions.add_parser("status", help="what runs on it")
     apply = actions.add_parser("apply", help="add objects, or change them")
     apply.add_argument("source", metavar="PATH")
@@ -51,6 +52,7 @@ def _up(args: argparse.Namespace) -> int:
     from adaptfleet.on_ray.local_cluster import LocalCluster
 
     documents = checked(read_manifests(Path(args.source)))
+    fleet = _fleet(args.fleet)
     clusters = [document for document in documents if document["kind"] == "RayCluster"]
     if not clusters:
         raise ContractError(f"{args.source} holds no RayCluster. Start one first; RayJobs and RayServices come by `adaptfleet dev apply`.")
@@ -60,7 +62,7 @@ def _up(args: argparse.Namespace) -> int:
     LocalCluster.clear(default_record())
     print("starting the Kubernetes API and the head ...", flush=True)
     places = {name: os.environ[name] for name in ("ADAPTFLEET_STORE",) if os.environ.get(name)}
-    dev = DevCluster.start(Path.cwd(), places | {"ADAPTFLEET_HOME": str(home())}, detached=True)
+    dev = DevCluster.start(Path.cwd(), places | {"ADAPTFLEET_HOME": str(home())}, fleet=fleet, detached=True)
     try:
         dev.apply(documents)
         meta = clusters[0]["metadata"]
@@ -82,6 +84,17 @@ def _up(args: argparse.Namespace) -> int:
         f"\n  adaptfleet dev down"
     )
     return 0
+
+
+def _fleet(given: list[str]) -> dict[str, float] | None:
+    found = {}
+    for text in given:
+        name, _, amount = text.partition("=")
+        try:
+            found[name] = float(amount)
+        except ValueError:
+            raise ContractError(f"--fleet {text!r} is not RESOURCE=AMOUNT, such as nvidia.com/gpu=4.") from None
+    return found or None
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -33,20 +33,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--code", type=Path, required=True)
     parser.add_argument("--env", type=json.loads, default={})
+    parser.add_argument("--fleet", type=json.loads, default=None)
     args = parser.parse_args()
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    run(args.folder, args.code, args.env, stopping)
+    run(args.folder, args.code, args.env, args.fleet, stopping)
 
 
-def run(folder: Path, code: Path, env: dict[str, str], stopping: threading.Event) -> None:
+def run(folder: Path, code: Path, env: dict[str, str], fleet: dict[str, float] | None, stopping: threading.Event) -> None:
     certificates = make_certificates(folder)
     objects = Objects()
     server = ApiServer(objects, certificates, admitted)
     place = Place(folder, os.environ[MARKER], code, env, certificates, server.port)
     pods = Pods(objects, place)
-    clusters = Clusters(objects, pods, place)
+    clusters = Clusters(objects, pods, place, fleet)
     gateway = Gateway()
     server.start()
     gateway.start()

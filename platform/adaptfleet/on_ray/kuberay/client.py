@@ -24,7 +24,8 @@ class KubeClient:
         files = Certificates(folder)
         self._session = requests.Session()
         self._session.trust_env = False
-        self._session.cert = tuple(map(str, files.client))
+        certificate, key = files.client
+        self._session.cert = str(certificate), str(key)
         self._session.verify = str(files.authority)
 
     def apply(self, thing: Object) -> Object:

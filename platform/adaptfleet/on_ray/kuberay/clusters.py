@@ -7,7 +7,19 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from adaptfleet.on_ray.kuberay.objects import POD, RAY_CLUSTER, Object, Objects, conditions, has_condition, name_of, now, owned_by
+from adaptfleet.on_ray.kuberay.fleet import Amounts, Claim, schedule
+from adaptfleet.on_ray.kuberay.objects import (
+    POD,
+    RAY_CLUSTER,
+    Object,
+    Objects,
+    conditions,
+    has_condition,
+    name_of,
+    now,
+    owned_by,
+    seconds_since,
+)
 from adaptfleet.on_ray.kuberay.place import Place, free_ports
 from adaptfleet.on_ray.kuberay.pod_commands import (
     HEAD_GROUP,
@@ -57,19 +69,49 @@ def surplus(group: Object, pods: list[Object], autoscaled: bool) -> list[str]:
 
 
 class Clusters:
-    def __init__(self, objects: Objects, pods: Pods, place: Place) -> None:
+    def __init__(self, objects: Objects, pods: Pods, place: Place, fleet: Amounts | None = None) -> None:
+        """`fleet`: what all pods together may have, such as {"nvidia.com/gpu": 4}; None: whatever they ask for."""
         self._objects = objects
         self._pods = pods
         self._place = place
+        self._fleet = fleet
         self._ray_folders: dict[str, str] = {}
 
     def sync(self) -> None:
         for cluster in self._objects.listed(RAY_CLUSTER.plural):
             if "deletionTimestamp" not in cluster["metadata"]:
                 self._reconcile(cluster)
-        for pod in self._objects.listed(POD.plural):
-            if "deletionTimestamp" not in pod["metadata"]:
+        pods = self._objects.listed(POD.plural)
+        waiting = self._shared_out(pods) if self._fleet is not None else set()
+        for pod in pods:
+            if "deletionTimestamp" in pod["metadata"]:
+                continue
+            if pod["metadata"]["uid"] in waiting:
+                self._pods.set_waiting(pod, "Unschedulable", "the fleet has no room for it now")
+            else:
                 self._run(pod)
+
+    def _shared_out(self, pods: list[Object]) -> set[str]:
+        """Gives notice to pods that must make room, and returns those that wait for it."""
+        assert self._fleet is not None
+        by_uid = {pod["metadata"]["uid"]: pod for pod in pods}
+        claims = [self._claim(pod) for pod in pods if (pod.get("status") or {}).get("phase") not in _TERMINAL]
+        plan = schedule(self._fleet, claims)
+        for uid in plan.preempt:
+            self._delete(by_uid[uid])
+        return set(plan.waiting) | set(plan.preempt)
+
+    def _claim(self, pod: Object) -> Claim:
+        meta, spec = pod["metadata"], pod["spec"]
+        named = self._objects.find("priorityclasses", "default", spec.get("priorityClassName", "")) or {}
+        return Claim(
+            name=meta["uid"],
+            priority=int(spec.get("priority", named.get("value", 0))),
+            amounts=asked_for(pod),
+            since=-seconds_since(meta["creationTimestamp"]),
+            is_running=self._pods.is_started(pod) and "deletionTimestamp" not in meta,
+            is_ending="deletionTimestamp" in meta,
+        )
 
     def _reconcile(self, cluster: Object) -> None:
         meta, spec = cluster["metadata"], cluster["spec"]
@@ -213,6 +255,18 @@ class Clusters:
         """Short: the paths of Unix sockets lie in it."""
         used = self._ray_folders
         return used.setdefault(cluster["metadata"]["uid"], f"ray{len(used) or ''}")
+
+
+def asked_for(pod: Object) -> dict[str, float]:
+    """As kube-scheduler counts: a container's requests, where it has none its limits."""
+    from ray.autoscaler._private.kuberay.utils import parse_quantity
+
+    amounts: dict[str, float] = {}
+    for container in pod["spec"]["containers"]:
+        resources = container.get("resources", {})
+        for name, quantity in ((resources.get("limits") or {}) | (resources.get("requests") or {})).items():
+            amounts[name] = amounts.get(name, 0.0) + float(parse_quantity(str(quantity)))
+    return amounts
 
 
 def answers(url: str, timeout_s: float = 1.0) -> bool:

@@ -38,12 +38,22 @@ class DevCluster:
         self.kube = KubeClient(folder)
 
     @classmethod
-    def start(cls, code: Path, env: Mapping[str, str] | None = None, *, detached: bool = False) -> "DevCluster":
-        """The API and the controllers, with nothing on them yet. `code` is what pods have in their working folder."""
+    def start(
+        cls, code: Path, env: Mapping[str, str] | None = None, *, fleet: Mapping[str, float] | None = None, detached: bool = False
+    ) -> "DevCluster":
+        """The API and the controllers, with nothing on them yet.
+
+        code      what pods have in their working folder
+        env       laid over the variables of all pods
+        fleet     what all pods together may have, such as {"nvidia.com/gpu": 4}; more waits, or takes it from lower priorities
+        detached  it outlives this process; else it ends with it, and must be started from the main thread
+        """
         folder, marker = private_folder(None), new_marker()
         new_token(folder)
         command = [sys.executable, "-m", "adaptfleet.on_ray.kuberay.bed", "--folder", str(folder), "--code", str(code.absolute())]
         command += ["--env", json.dumps(dict(env or {}))]
+        if fleet is not None:
+            command += ["--fleet", json.dumps(dict(fleet))]
         if not detached:
             command = with_parent(command)
         with (folder / "bed.log").open("wb") as log:
@@ -59,6 +69,7 @@ class DevCluster:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise AdaptfleetError(f"the Kubernetes API did not start. The end of what it said:\n{said}")
             time.sleep(0.1)
+        assert leader is not None
         made = cls(folder, marker, leader, None if detached else ProcessId.of(os.getpid()))
         made._process = process
         return made

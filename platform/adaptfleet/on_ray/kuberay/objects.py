@@ -201,8 +201,12 @@ def patched(thing: Object, operations: Iterable[Object]) -> Object:
     return thing
 
 
+def _key(at: Any, last: str) -> Any:
+    return last if isinstance(at, dict) or last == "-" else int(last)
+
+
 def _apply(operation: Object, at: Any, last: str) -> None:
-    what, key = operation["op"], (last if isinstance(at, dict) or last == "-" else int(last))
+    what, key = operation["op"], _key(at, last)
     if what == "test":
         if at[key] != operation["value"]:
             raise ConflictError(f"{operation['path']} is {at[key]!r}, not {operation['value']!r}")

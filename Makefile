@@ -52,8 +52,10 @@ bench: setup  ## every benchmark, into bench/results/*.json
 bench-train: setup  ## training: tokens/s, memory and loss against TRL
 	$(BIN)/python bench/train.py
 
-bench-elastic: setup  ## training: what kills, preemptions and joining nodes cost
+bench-elastic: setup  ## training: what kills, preemptions and joining nodes cost; pools, services and a day of one fleet
 	$(BIN)/python bench/elastic.py
+	$(BIN)/python bench/pools.py
+	$(BIN)/python bench/fleet_day.py
 
 bench-serve: setup  ## serving: throughput of mixed adapters against no adapter and stock vLLM
 	$(BIN)/python bench/serve.py

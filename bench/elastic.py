@@ -144,7 +144,10 @@ def main() -> None:
             found = measure(cluster, place)
     for key, value in found.items():
         print(f"{key} {value}")
-    RESULTS.write_text(json.dumps({"machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs", **found}, indent=1) + "\n")
+    earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    others = {key: earlier[key] for key in ("pools", "fleet", "capacity") if key in earlier}
+    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs"
+    RESULTS.write_text(json.dumps({"machine": machine, **found, **others}, indent=1) + "\n")
     print(f"written: {RESULTS.relative_to(REPOSITORY)}")
 
 

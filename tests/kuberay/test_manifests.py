@@ -41,6 +41,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ({"deletionStrategy": {"deletionRules": [{"policy": "DeleteAll", "condition": {"jobStatus": "FAILED"}}]}}, "DeleteAll"),
         ({"deletionStrategy": {"onSuccess": {"policy": "DeleteCluster"}}}, "deprecated"),
         ({"rayClusterSpec": None}, "clusterSelector"),
+        ({"clusterSelector": {"ray.io/cluster": "x"}, "backoffLimit": 1}, "not tried again"),
     ],
 )
 def test_a_wrong_job(change: dict[str, Any], word: str) -> None:

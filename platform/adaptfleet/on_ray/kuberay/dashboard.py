@@ -6,6 +6,8 @@ from typing import Any
 import requests
 
 _TIMEOUT_S = 10.0
+_DEPLOY_TIMEOUT_S = 60.0
+"""The first configuration starts Serve."""
 
 
 class DashboardError(Exception):
@@ -30,16 +32,16 @@ class Dashboard:
         self._json(self._ask("POST", f"/api/jobs/{submission_id}/stop", {}))
 
     def deploy(self, config: dict[str, Any]) -> None:
-        reply = self._ask("PUT", "/api/serve/applications/", config)
+        reply = self._ask("PUT", "/api/serve/applications/", config, _DEPLOY_TIMEOUT_S)
         if not reply.ok:
             raise DashboardError(f"Serve refuses the configuration: {reply.status_code} {reply.text[:500]}")
 
     def applications(self) -> dict[str, dict[str, Any]]:
         return dict(self._json(self._ask("GET", "/api/serve/applications/?api_type=declarative"))["applications"])
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> requests.Response:
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = _TIMEOUT_S) -> requests.Response:
         try:
-            return requests.request(method, self._url + path, json=body, headers=self._headers, timeout=_TIMEOUT_S)
+            return requests.request(method, self._url + path, json=body, headers=self._headers, timeout=timeout_s)
         except requests.RequestException as error:
             raise DashboardError(f"the dashboard at {self._url} does not answer: {type(error).__name__}") from None
 

@@ -131,6 +131,8 @@ def _job(spec: Object, faults: list[str]) -> None:
         faults.append("spec.entrypoint is missing")
     if not spec.get("rayClusterSpec") and not spec.get("clusterSelector"):
         faults.append("one of spec.rayClusterSpec and spec.clusterSelector is needed")
+    if spec.get("clusterSelector"):
+        faults.extend(_selector_faults(spec))
     if spec.get("rayClusterSpec"):
         _cluster(spec["rayClusterSpec"], "spec.rayClusterSpec", faults)
     if spec.get("backoffLimit", 0) < 0:
@@ -145,6 +147,21 @@ def _job(spec: Object, faults: list[str]) -> None:
             faults.append(f"spec.deletionStrategy.deletionRules[{number}].policy is {rule.get('policy')!r}")
         if len({"jobStatus", "jobDeploymentStatus"} & set(rule.get("condition", {}))) != 1:
             faults.append(f"spec.deletionStrategy.deletionRules[{number}].condition needs one of jobStatus and jobDeploymentStatus")
+
+
+def _selector_faults(spec: Object) -> Iterator[str]:
+    """What the operator does only with a cluster that is the job's own."""
+    if not spec["clusterSelector"].get("ray.io/cluster"):
+        yield "spec.clusterSelector names no cluster: it needs ray.io/cluster"
+    if spec.get("backoffLimit", 0) > 0:
+        yield f"spec.backoffLimit is {spec['backoffLimit']}: a job on a selected cluster is not tried again"
+    if spec.get("suspend"):
+        yield "spec.suspend: a job on a selected cluster cannot be suspended"
+    if spec["submissionMode"] == "SidecarMode":
+        yield "spec.submissionMode is 'SidecarMode', which needs a cluster of its own"
+    for rule in (spec.get("deletionStrategy") or {}).get("deletionRules") or ():
+        if rule.get("policy") in ("DeleteCluster", "DeleteWorkers"):
+            yield f"spec.deletionStrategy: {rule['policy']} would take a cluster that is not the job's"
 
 
 def _service(spec: Object, faults: list[str]) -> None:

@@ -238,7 +238,7 @@ def main() -> None:
             (place / kept).symlink_to(home() / kept)
         os.environ["ADAPTFLEET_HOME"] = folder
         for part in chosen:
-            with DevCluster.start(REPOSITORY, {"ADAPTFLEET_HOME": folder}) as dev:
+            with DevCluster.start(REPOSITORY, {"ADAPTFLEET_HOME": folder}, logs_to=REPOSITORY / "build" / "bench-logs" / part) as dev:
                 found = PARTS[part](dev, place)
             merge_results(found)
             print(json.dumps(found, indent=1))

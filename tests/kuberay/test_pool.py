@@ -15,6 +15,7 @@ from tests.kuberay.training import Run, contract, ray_job, ready_pods
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
+LOGS = REPOSITORY / "build" / "test-logs" / "pool"
 LIMIT_S = 400.0
 EVERY_STEPS = 20
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def pool(embedded_home: Path) -> Iterator[DevCluster]:
-    with DevCluster.start(REPOSITORY, {"ADAPTFLEET_HOME": str(embedded_home)}, fleet={"cpu": 4}) as dev:
+    with DevCluster.start(REPOSITORY, {"ADAPTFLEET_HOME": str(embedded_home)}, fleet={"cpu": 4}, logs_to=LOGS) as dev:
         dev.apply(read_manifests(HERE / "pool.yaml"))
         dev.ready("pool")
         yield dev

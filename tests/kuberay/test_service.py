@@ -16,6 +16,7 @@ from tests.kuberay.training import head_is_ready
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
+LOGS = REPOSITORY / "build" / "test-logs" / "service"
 LIMIT_S = 400.0
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def dev(embedded_home: Path) -> Iterator[DevCluster]:
-    with DevCluster.start(REPOSITORY, {"ADAPTFLEET_HOME": str(embedded_home)}) as made:
+    with DevCluster.start(REPOSITORY, {"ADAPTFLEET_HOME": str(embedded_home)}, logs_to=LOGS) as made:
         yield made
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,27 +127,24 @@ def _lose(args: argparse.Namespace) -> int:
 
 
 def _down(args: argparse.Namespace) -> int:
-    from adaptfleet.on_ray.cluster.record import default_record
-    from adaptfleet.on_ray.local_cluster import LocalCluster
+    from adaptfleet.on_ray.cluster.record import default_record, remove_record
 
-    dev = _running()
+    kept = home() / "logs" / "dev"
+    dev = _running(kept)
     if dev is None:
         print(f"nothing to end: no dev cluster of {home()} is running.")
         return 0
-    kept = home() / "logs" / "dev"
-    shutil.rmtree(kept, ignore_errors=True)
-    shutil.copytree(dev.folder / "pods", kept, dirs_exist_ok=True)
-    shutil.copyfile(dev.folder / "bed.log", kept / "bed.log")
-    LocalCluster.clear(default_record(), logs_to=home() / "logs")
+    dev.stop()
+    remove_record(default_record(), dev.marker)
     print(f"ended. Logs: {kept}")
     return 0
 
 
-def _running() -> "DevCluster | None":
+def _running(logs_to: Path | None = None) -> "DevCluster | None":
     from adaptfleet.on_ray.cluster.record import default_record
     from adaptfleet.on_ray.kuberay.dev_cluster import DevCluster
 
-    return DevCluster.attach(default_record())
+    return DevCluster.attach(default_record(), logs_to)
 
 
 def _needed() -> "DevCluster":

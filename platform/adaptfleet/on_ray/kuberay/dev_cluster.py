@@ -29,8 +29,9 @@ _API_S = 60.0
 class DevCluster:
     """`with DevCluster.start(code) as dev:` ends it with the block."""
 
-    def __init__(self, folder: Path, marker: str, leader: ProcessId, owner: ProcessId | None) -> None:
+    def __init__(self, folder: Path, marker: str, leader: ProcessId, owner: ProcessId | None, logs_to: Path | None = None) -> None:
         self.folder = folder
+        self._logs_to = logs_to
         self.marker = marker
         self.leader = leader
         self._owner = owner
@@ -39,7 +40,13 @@ class DevCluster:
 
     @classmethod
     def start(
-        cls, code: Path, env: Mapping[str, str] | None = None, *, fleet: Mapping[str, float] | None = None, detached: bool = False
+        cls,
+        code: Path,
+        env: Mapping[str, str] | None = None,
+        *,
+        fleet: Mapping[str, float] | None = None,
+        detached: bool = False,
+        logs_to: Path | None = None,
     ) -> "DevCluster":
         """The API and the controllers, with nothing on them yet.
 
@@ -47,6 +54,7 @@ class DevCluster:
         env       laid over the variables of all pods
         fleet     what all pods together may have, such as {"nvidia.com/gpu": 4}; more waits, or takes it from lower priorities
         detached  it outlives this process; else it ends with it, and must be started from the main thread
+        logs_to   what pods and controllers said is kept there when it stops
         """
         folder, marker = private_folder(None), new_marker()
         new_token(folder)
@@ -70,17 +78,17 @@ class DevCluster:
                 raise AdaptfleetError(f"the Kubernetes API did not start. The end of what it said:\n{said}")
             time.sleep(0.1)
         assert leader is not None
-        made = cls(folder, marker, leader, None if detached else ProcessId.of(os.getpid()))
+        made = cls(folder, marker, leader, None if detached else ProcessId.of(os.getpid()), logs_to)
         made._process = process
         return made
 
     @classmethod
-    def attach(cls, record_file: Path) -> "DevCluster | None":
+    def attach(cls, record_file: Path, logs_to: Path | None = None) -> "DevCluster | None":
         """The bed that another process wrote down, if it still runs. A plain local cluster is none."""
         record = read_record(record_file)
         if record is None or not record.leader.is_alive() or not (Path(record.folder) / API_FILE).exists():
             return None
-        return cls(Path(record.folder), record.marker, record.leader, record.owner)
+        return cls(Path(record.folder), record.marker, record.leader, record.owner, logs_to)
 
     def apply(self, documents: Sequence[Object]) -> None:
         for document in documents:
@@ -126,6 +134,10 @@ class DevCluster:
                 self._process.wait(timeout=5)
         if left:
             raise AdaptfleetError(f"processes {', '.join(str(p.pid) for p in left)} of the cluster could not be ended.")
+        if self._logs_to is not None:
+            shutil.rmtree(self._logs_to, ignore_errors=True)
+            shutil.copytree(self.folder / "pods", self._logs_to)
+            shutil.copyfile(self.folder / "bed.log", self._logs_to / "bed.log")
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _why_not(self, cluster: str) -> str:

@@ -1,12 +1,11 @@
 """An elastic cluster on this machine from Kubernetes manifests: KubeRay's objects, Ray's own autoscaler, pods that are processes."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptfleet.contracts.errors import ContractError
-from adaptfleet.contracts.home import home
+from adaptfleet.contracts.home import home, store_url
 
 if TYPE_CHECKING:
     from adaptfleet.on_ray.kuberay.dev_cluster import DevCluster
@@ -50,8 +49,8 @@ def _up(args: argparse.Namespace) -> int:
     from adaptfleet.on_ray.kuberay.pod_commands import ClusterPorts
     from adaptfleet.on_ray.local_cluster import LocalCluster
 
-    documents = checked(read_manifests(Path(args.source)))
     fleet = _fleet(args.fleet)
+    documents = checked(read_manifests(Path(args.source)))
     clusters = [document for document in documents if document["kind"] == "RayCluster"]
     if not clusters:
         raise ContractError(f"{args.source} holds no RayCluster. Start one first; RayJobs and RayServices come by `adaptfleet dev apply`.")
@@ -60,8 +59,9 @@ def _up(args: argparse.Namespace) -> int:
     stop_on_signal()
     LocalCluster.clear(default_record())
     print("starting the Kubernetes API and the head ...", flush=True)
-    places = {name: os.environ[name] for name in ("ADAPTFLEET_STORE",) if os.environ.get(name)}
-    dev = DevCluster.start(Path.cwd(), places | {"ADAPTFLEET_HOME": str(home())}, fleet=fleet, detached=True)
+    # Manifests say where a volume is; here it is where this home and its store are.
+    places = {"ADAPTFLEET_HOME": str(home()), "ADAPTFLEET_STORE": store_url()}
+    dev = DevCluster.start(Path.cwd(), places, fleet=fleet, detached=True)
     try:
         dev.apply(documents)
         meta = clusters[0]["metadata"]

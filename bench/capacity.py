@@ -43,7 +43,7 @@ def seconds(work: Callable[[], Any], times: int) -> float:
 
 
 def measure_policies() -> dict[str, Any]:
-    from adaptfleet.on_ray.serve.autoscaling import Aims, Report, replicas_wanted
+    from adaptfleet.on_ray.serve.autoscaling import Aims, Report, replicas_wanted, summary
     from adaptfleet.on_ray.serve.routing import RecentPrefixes, Replica, Wanted, choose
 
     from adaptfleet.on_ray.kuberay.fleet import Claim, schedule
@@ -58,7 +58,7 @@ def measure_policies() -> dict[str, Any]:
         took = seconds(lambda replicas=replicas, recent=recent, wanted=wanted: [choose(one, replicas, recent) for one in wanted], 2)
         found["router_choose_us"][size] = round(took / 50 * 1e6, 1)
         reports = [Report(chance.random() * 8, 0, 0.5, 0.2) for _ in range(size)]
-        took = seconds(lambda reports=reports: replicas_wanted(reports, 0, Aims(6, 1.0)), 10)
+        took = seconds(lambda reports=reports: replicas_wanted(summary(reports), 0, Aims(6, 1.0)), 10)
         found["replicas_wanted_ms"][size] = round(took * 1e3, 3)
     for size in SIZES:
         claims = [Claim(f"train-{i}", 0, {"nvidia.com/gpu": 1}, i, is_running=True) for i in range(size)]

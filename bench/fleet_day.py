@@ -204,13 +204,13 @@ class Simulation:
         self.trace.append(self._seen())
 
     def _wanted(self) -> int:
-        from adaptfleet.on_ray.serve.autoscaling import Aims, Report, replicas_wanted
+        from adaptfleet.on_ray.serve.autoscaling import Aims, Report, replicas_wanted, summary
         from ray.serve.autoscaling_policy import _apply_delay_logic
         from ray.serve.config import AutoscalingConfig
 
         day = self.day
         reports = [Report(r.load, len(r.queue), 0.0, 0.0) for r in self.replicas if r.state == "runs"]
-        wanted = replicas_wanted(reports, len(self.held), Aims(day.aim, ttft_s=2.0))
+        wanted = replicas_wanted(summary(reports), len(self.held), Aims(day.aim, ttft_s=2.0))
         wanted = min(day.accelerators, max(day.min_replicas, wanted))
         config = AutoscalingConfig(
             min_replicas=day.min_replicas, max_replicas=day.accelerators,
@@ -340,14 +340,20 @@ def measured(day: dict[str, Any]) -> dict[str, Any]:
 def compare(day: Day) -> tuple[dict[str, Any], Simulation, Simulation]:
     shared = Simulation(day).run()
     goal = shared.outcome()["wait_p95_s"]
-    split = None
-    for size in range(1, day.accelerators + 1):
-        tried = Simulation(day, fixed_replicas=size).run()
-        print(f"split {size}: {tried.outcome()}", flush=True)
-        if tried.outcome()["wait_p95_s"] <= goal:
-            split = tried
-            break
-    assert split is not None, "no split keeps the requests from waiting longer"
+    tried: dict[int, Simulation] = {}
+
+    def waits_longer(size: int) -> bool:
+        tried[size] = Simulation(day, fixed_replicas=size).run()
+        print(f"split {size}: {tried[size].outcome()}", flush=True)
+        return bool(tried[size].outcome()["wait_p95_s"] > goal)
+
+    # More replicas never let requests wait longer: the smallest part that is enough is found by halving.
+    low, high = 1, day.accelerators
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if waits_longer(middle) else (low, middle)
+    assert not waits_longer(low), "no split keeps the requests from waiting longer"
+    split = tried[low]
     found = {
         "utilisation_ratio": round(shared.outcome()["utilisation"] / split.outcome()["utilisation"], 2),
         "shared": shared.outcome(),

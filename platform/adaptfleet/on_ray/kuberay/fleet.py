@@ -4,7 +4,7 @@ As kube-scheduler does by PriorityClass, so that what serves and what trains sha
 lower priority, which get their notice (SIGTERM and the grace period) first. Pure; a dev cluster asks it, and so does the simulated day.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 Amounts = Mapping[str, float]
@@ -42,28 +42,31 @@ def schedule(capacity: Amounts, claims: Sequence[Claim]) -> Plan:
     promised = _less(capacity, staying)
     """Free once what is ending has ended, less what is kept for those that wait."""
     leaving_first = sorted(staying, key=lambda claim: (claim.priority, -claim.since))
-    start, preempt, waiting = [], [], []
-    for claim in sorted((claim for claim in claims if claim not in held), key=lambda claim: (-claim.priority, claim.since)):
+    start, waiting = [], []
+    preempt: dict[str, None] = {}
+    pending = (claim for claim in claims if not (claim.is_running or claim.is_ending))
+    for claim in sorted(pending, key=lambda claim: (-claim.priority, claim.since)):
         if _fits(claim, free) and _fits(claim, promised):
             start.append(claim.name)
             free, promised = _less(free, [claim]), _less(promised, [claim])
             continue
         waiting.append(claim.name)
-        victims = _victims(claim, promised, leaving_first)
+        victims = _victims(claim, promised, leaving_first, preempt)
         if victims is not None:
-            preempt += [victim.name for victim in victims]
-            leaving_first = [other for other in leaving_first if other not in victims]
+            preempt |= dict.fromkeys(victim.name for victim in victims)
             promised = _less(_more(promised, victims), [claim])
     return Plan(tuple(start), tuple(preempt), tuple(waiting))
 
 
-def _victims(claim: Claim, promised: Amounts, leaving_first: Sequence[Claim]) -> list[Claim] | None:
+def _victims(claim: Claim, promised: Amounts, leaving_first: Sequence[Claim], going: Container[str]) -> list[Claim] | None:
     """The fewest of lower priority that make room, the lowest and latest first; None: not even all of them would."""
     victims: list[Claim] = []
     for other in leaving_first:
         if _fits(claim, promised) or other.priority >= claim.priority:
             break
-        if any(claim.amounts.get(name, 0.0) > amount and other.amounts.get(name, 0.0) for name, amount in promised.items()):
+        if other.name not in going and any(
+            claim.amounts.get(name, 0.0) > amount and other.amounts.get(name, 0.0) for name, amount in promised.items()
+        ):
             victims.append(other)
             promised = _more(promised, [other])
     return victims if _fits(claim, promised) else None

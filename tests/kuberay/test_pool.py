@@ -1,4 +1,4 @@
-"""A pool under Ray's real autoscaler: empty, grown by a fine-tune, a spot node taken back with notice and one lost without, empty again."""
+"""A pool under Ray's real autoscaler: empty, grown by a fine-tune, its room taken by an endpoint and given back, a node lost, empty again."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from adaptfleet.on_ray.cluster.processes import members
 from adaptfleet.on_ray.kuberay.dev_cluster import DevCluster
 from adaptfleet.on_ray.kuberay.manifests import read_manifests
 from tests.cluster.test_local_cluster import _is_loopback, _listening
-from tests.kuberay.training import Run, contract, ray_job, ready_pods
+from tests.kuberay.training import Run, contract, head_is_ready, ray_job, ready_pods
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -48,6 +48,29 @@ def _run(dev: DevCluster, home: Path, name: str) -> Run:
     return Run(home, name, lambda: _status(dev, name).get("jobDeploymentStatus") in ("Complete", "Failed"), LIMIT_S)
 
 
+def _endpoint() -> list[dict[str, Any]]:
+    """A head alone, of a class of its own."""
+    service = read_manifests(HERE / "pool.yaml")[0]
+    service["metadata"]["name"] = "endpoint"
+    service["spec"] |= {"workerGroupSpecs": [], "enableInTreeAutoscaling": False}
+    pod = service["spec"]["headGroupSpec"]["template"]["spec"]
+    pod["priorityClassName"] = "serving"
+    pod["containers"][0]["resources"] = {"requests": {"cpu": "2"}, "limits": {"memory": "2Gi"}}
+    kind = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "serving"}, "value": 1000}
+    return [kind, service]
+
+
+def _next_start(run: Run, after: float) -> tuple[int, float]:
+    """Of the next group of workers: steps that it makes again, and when it began."""
+    end = time.monotonic() + LIMIT_S
+    while time.monotonic() < end:
+        for line in run.lines("start"):
+            if line["at"] > after:
+                return int(line["redone"]), float(line["at"])
+        time.sleep(0.2)
+    raise AssertionError("training did not start again")
+
+
 def test_spot_nodes_come_and_go_under_a_fine_tune(pool: DevCluster, tiny: dict[str, Any], embedded_home: Path, tmp_path: Path) -> None:
     assert ready_pods(pool.kube, "pool", "spot") + ready_pods(pool.kube, "pool", "steady") == []
     train = {"epochs": 1000, "max_steps": 20000, "pack_tokens": 64, "packs_per_step": 2, "learning_rate": 0.001, "compile": "off"}
@@ -59,15 +82,26 @@ def test_spot_nodes_come_and_go_under_a_fine_tune(pool: DevCluster, tiny: dict[s
     addresses = _listening({process.pid for process in members(None, pool.marker)})
     assert addresses and all(_is_loopback(address) for address in addresses), addresses
 
-    for grace_s, most in ((30.0, 0), (0.0, EVERY_STEPS)):
-        lost, at = ready_pods(pool.kube, "pool", "spot")[0], time.time()
-        pool.kube.delete("Pod", lost, grace_s=grace_s)
-        pool.kube.wait(lambda at=at: any(line["at"] > at for line in run.lines("start")), "a start after the loss", LIMIT_S)
-        assert run.redone_after(at) <= most
-        began = next(line["at"] for line in run.lines("start") if line["at"] > at)
-        # the pool is filled up again, and training grows into it
-        run.steps_of(2, after=began, more=EVERY_STEPS + 5)
-        assert lost not in ready_pods(pool.kube, "pool", "spot")
+    # An endpoint comes that counts for more: the fleet has four CPUs, the pool holds three of them, and it wants two.
+    at = time.time()
+    pool.apply(_endpoint())
+    pool.kube.wait(lambda: head_is_ready(pool.kube, "endpoint"), "the endpoint", LIMIT_S)
+    assert len(ready_pods(pool.kube, "pool", "spot")) == 1
+    redone, began = _next_start(run, at)
+    assert redone == 0, "it had its notice"
+    run.steps_of(1, after=began, more=5)
+
+    # It goes, and training takes its room again.
+    pool.kube.delete("RayCluster", "endpoint")
+    grown = run.steps_of(2, after=began, more=EVERY_STEPS + 5)
+    assert grown["num_workers"] == 2
+
+    lost, at = ready_pods(pool.kube, "pool", "spot")[0], time.time()
+    pool.kube.delete("Pod", lost, grace_s=0)
+    redone, began = _next_start(run, at)
+    assert redone <= EVERY_STEPS
+    run.steps_of(2, after=began, more=5)
+    assert lost not in ready_pods(pool.kube, "pool", "spot")
     steps = [line["step"] for line in run.lines("train")]
     assert steps == list(range(1, len(steps) + 1)), "each step is in the record once"
 

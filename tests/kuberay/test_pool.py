@@ -1,4 +1,4 @@
-"""A pool under Ray's real autoscaler: empty, grown by a fine-tune, its room taken by an endpoint and given back, a node lost, empty again."""
+"""A pool under Ray's real autoscaler: empty, grown by a fine-tune, its room taken and given back, a node lost, empty again."""
 
 import time
 from collections.abc import Iterator

@@ -15,6 +15,7 @@ Results: the section `fleet` of bench/results/elastic.json, and docs/fleet-day.s
 
 import argparse
 import heapq
+import itertools
 import json
 import math
 import random
@@ -85,6 +86,8 @@ class _Replica:
     queue: deque[tuple[float, float, float]] = field(default_factory=deque)
     """Arrival, time in the engine, time to load."""
     adapters: dict[str, None] = field(default_factory=dict)
+    """The least recently used first."""
+    names: frozenset[str] = frozenset()
 
     @property
     def load(self) -> int:
@@ -111,7 +114,11 @@ class Simulation:
         self._number = 0
         self.replicas: list[_Replica] = []
         self.workers: list[_Worker] = []
+        self.training = [0] * day.runs
+        """Workers that make steps, of each run."""
         self.gap_until = [0.0] * day.runs
+        self.busy = 0.0
+        """Replicas' worth of requests in engines."""
         self.held: deque[tuple[str, float, float]] = deque()
         """What came while no replica ran: adapter, arrival, time in the engine."""
         self.waits: list[float] = []
@@ -119,23 +126,31 @@ class Simulation:
         self.useful_serve_s = 0.0
         self.trace: list[dict[str, float]] = []
         self.preemptions = self.loads = self.requests = 0
-        self._names = self._weights(day.adapters)
+        self._names = [f"adapter-{i}" for i in range(day.adapters)]
+        self._popularity = list(itertools.accumulate(1 / (i + 1) ** 0.9 for i in range(day.adapters)))
+        """By Zipf's law."""
         self._policy_state: dict[str, Any] = {}
         self.target = fixed_replicas if fixed_replicas is not None else day.min_replicas
         self._last = 0.0
 
     def run(self) -> "Simulation":
         from adaptfleet.on_ray.serve.routing import RecentPrefixes
+        from ray.serve.config import AutoscalingConfig
 
         self._recent = RecentPrefixes()
+        self._delays = AutoscalingConfig(
+            min_replicas=self.day.min_replicas, max_replicas=self.day.accelerators,
+            upscale_delay_s=self.day.upscale_delay_s, downscale_delay_s=self.day.downscale_delay_s,
+        )  # fmt: skip
         self._make_replicas()
         if self.fixed is not None:
             for replica in self.replicas:
                 replica.state = "runs"
         rest = self.day.accelerators - (self.fixed or 0)
         for number in range(min(self.day.runs * self.day.run_workers, rest if self.fixed is not None else 10**9)):
-            state = "runs" if self.fixed is not None else "waits"
-            self.workers.append(_Worker(f"train-{number}", number % self.day.runs, number * 1e-6, state))
+            self.workers.append(_Worker(f"train-{number}", number % self.day.runs, number * 1e-6))
+            if self.fixed is not None:
+                self._set_state(self.workers[-1], "runs")
         self._at(self._gap(), self._arrive)
         self._at(0.0, self._decide)
         while self._events:
@@ -154,7 +169,7 @@ class Simulation:
         self._at(self.now + self._gap(), self._arrive)
         if self.random.random() > self.day.traffic(self.now) / self.day.peak_per_s:
             return
-        adapter = self.random.choices(*self._names)[0]
+        adapter = self.random.choices(self._names, cum_weights=self._popularity)[0]
         sigma = 0.6
         length = self.random.lognormvariate(math.log(self.day.service_s) - sigma**2 / 2, sigma)
         self.requests += 1
@@ -167,7 +182,7 @@ class Simulation:
         if not running:
             self.held.append((adapter, arrived, length))
             return
-        known = [routing.Replica(replica.name, replica.load, frozenset(replica.adapters)) for replica in running]
+        known = [routing.Replica(replica.name, replica.load, replica.names) for replica in running]
         chosen = routing.choose(routing.Wanted(adapter), known, self._recent)
         replica = next(replica for replica in running if replica.name == chosen.id)
         load_s = 0.0
@@ -179,18 +194,20 @@ class Simulation:
             if len(replica.adapters) >= self.day.held:
                 del replica.adapters[next(iter(replica.adapters))]
         replica.adapters[adapter] = None
+        if load_s:
+            replica.names = frozenset(replica.adapters)
         replica.queue.append((arrived, length, load_s))
         self._fill(replica)
 
     def _fill(self, replica: _Replica) -> None:
         while replica.queue and replica.running < self.day.slots:
             arrived, length, load_s = replica.queue.popleft()
-            replica.running += 1
+            self._set_running(replica, replica.running + 1)
             self.waits.append(self.now + load_s - arrived)
             self._at(self.now + load_s + length, lambda: self._finish(replica))
 
     def _finish(self, replica: _Replica) -> None:
-        replica.running -= 1
+        self._set_running(replica, replica.running - 1)
         self._fill(replica)
         if replica.state == "drains" and not replica.load:
             self.replicas.remove(replica)
@@ -206,17 +223,12 @@ class Simulation:
     def _wanted(self) -> int:
         from adaptfleet.on_ray.serve.autoscaling import Aims, Report, replicas_wanted, summary
         from ray.serve.autoscaling_policy import _apply_delay_logic
-        from ray.serve.config import AutoscalingConfig
 
         day = self.day
         reports = [Report(r.load, len(r.queue), 0.0, 0.0) for r in self.replicas if r.state == "runs"]
         wanted = replicas_wanted(summary(reports), len(self.held), Aims(day.aim, ttft_s=2.0))
         wanted = min(day.accelerators, max(day.min_replicas, wanted))
-        config = AutoscalingConfig(
-            min_replicas=day.min_replicas, max_replicas=day.accelerators,
-            upscale_delay_s=day.upscale_delay_s, downscale_delay_s=day.downscale_delay_s,
-        )  # fmt: skip
-        target, self._policy_state = _apply_delay_logic(wanted, self.target, config, self._policy_state, self.now)
+        target, self._policy_state = _apply_delay_logic(wanted, self.target, self._delays, self._policy_state, self.now)
         return int(target)
 
     def _resize(self) -> None:
@@ -252,10 +264,11 @@ class Simulation:
         for worker in self.workers:
             if worker.name in plan.preempt:
                 self.preemptions += 1
-                worker.state = "ending"
+                self._set_state(worker, "ending")
                 self._at(self.now + self.day.leave_s, lambda w=worker: self._left(w))
             elif worker.name in plan.start:
-                worker.state, worker.since = "starts", self.now
+                self._set_state(worker, "starts")
+                worker.since = self.now
                 self._at(self.now + self.day.pod_start_s, lambda w=worker: self._joined(w))
 
     def _ready(self, replica: _Replica) -> None:
@@ -266,13 +279,14 @@ class Simulation:
             self._send(*self.held.popleft())
 
     def _left(self, worker: _Worker) -> None:
-        worker.state, worker.since = "waits", self.now
+        self._set_state(worker, "waits")
+        worker.since = self.now
         self._stand_still(worker.run)
         self._share_out()
 
     def _joined(self, worker: _Worker) -> None:
         if worker.state == "starts":
-            worker.state = "runs"
+            self._set_state(worker, "runs")
             self._stand_still(worker.run)
 
     def _stand_still(self, run: int) -> None:
@@ -284,11 +298,20 @@ class Simulation:
         """Useful: a worker of a run that makes steps; a replica as far as it has the requests that it should have."""
         span = until - self._last
         if span > 0:
-            # A worker that has its notice still ends its step.
-            training = [worker.run for worker in self.workers if worker.state in ("runs", "ending")]
-            self.useful_train_s += sum(max(0.0, until - max(self._last, self.gap_until[run])) for run in training)
-            self.useful_serve_s += span * sum(min(1.0, replica.running / self.day.aim) for replica in self.replicas)
+            for run, number in enumerate(self.training):
+                self.useful_train_s += number * max(0.0, until - max(self._last, self.gap_until[run]))
+            self.useful_serve_s += span * self.busy
             self._last = until
+
+    def _set_running(self, replica: _Replica, number: int) -> None:
+        self.busy += min(1.0, number / self.day.aim) - min(1.0, replica.running / self.day.aim)
+        replica.running = number
+
+    def _set_state(self, worker: _Worker, state: str) -> None:
+        """A worker that has its notice still ends its step."""
+        steps = ("runs", "ending")
+        self.training[worker.run] += (state in steps) - (worker.state in steps)
+        worker.state = state
 
     def _seen(self) -> dict[str, float]:
         serving = sum(replica.state in ("starts", "runs", "drains") for replica in self.replicas)
@@ -302,11 +325,6 @@ class Simulation:
     def _at(self, time: float, act: Callable[[], None]) -> None:
         self._number += 1
         heapq.heappush(self._events, (time, self._number, act))
-
-    @staticmethod
-    def _weights(number: int) -> tuple[list[str], list[float]]:
-        """Popularity by Zipf's law."""
-        return [f"adapter-{i}" for i in range(number)], [1 / (i + 1) ** 0.9 for i in range(number)]
 
     def outcome(self) -> dict[str, Any]:
         whole = self.day.accelerators * DAY_S

@@ -1,7 +1,6 @@
 """`adaptfleet dev` as a user runs it, on the shipped manifests: each command a process of its own, and nothing left afterwards."""
 
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +27,6 @@ def _adaptfleet(*words: str, check: bool = True) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("kubectl") is None and shutil.which("kustomize") is None, reason="no kubectl or kustomize to build with")
 def test_up_submit_lose_down(fresh_home: Path, tmp_path: Path) -> None:
     base, data = make_base(tmp_path / "base"), tmp_path / "rows.jsonl"
     data.write_text("".join(f'{{"prompt": "say {i}", "completion": "{i} it is"}}\n' for i in range(64)))

@@ -60,15 +60,8 @@ def test_kubectl(bed: DevCluster) -> None:
     def kubectl(*words: str, given: str | None = None) -> str:
         path = f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"
         env = {**os.environ, "PATH": path, "KUBECONFIG": str(bed.kubeconfig), "HOME": str(bed.folder)}
-        done = subprocess.run(
-            [shutil.which("kubectl", path=path) or "kubectl", *words],
-            env=env,
-            input=given,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        command = [shutil.which("kubectl", path=path) or "kubectl", *words]
+        done = subprocess.run(command, env=env, input=given, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -1,5 +1,6 @@
 """A steady load on an endpoint: so many clients, one request after the other, every failure kept."""
 
+import http.client
 import json
 import threading
 import time
@@ -36,7 +37,7 @@ class Load:
                     answer = reply.read().decode()
             except urllib.error.HTTPError as error:
                 failure = f"{error.code} {error.read()[:200]!r}"
-            except (urllib.error.URLError, OSError) as error:
+            except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
                 failure = f"{type(error).__name__}: {error}"
             with self._lock:
                 self.sent += 1

@@ -26,6 +26,8 @@ from adaptfleet.on_ray.kuberay.pod_commands import HEAD_GROUP, ClusterPorts
 from adaptfleet.on_ray.kuberay.upgrade_steps import Options, Side, is_complete, is_rolled_back, next_capacity, next_traffic
 
 _DELETION_DELAY_S = 60.0
+_PROBE_S = 2.0
+"""The operator's readiness probe waits so long."""
 _HASH = "ray.io/hash-without-replicas-and-workers-to-delete"
 _NUM_GROUPS = "ray.io/num-worker-groups"
 _ACTIVE, _PENDING = "activeServiceStatus", "pendingServiceStatus"
@@ -161,7 +163,7 @@ class RayServices:
             if (is_head and service["spec"].get("excludeHeadPodFromServeSvc")) or "deletionTimestamp" in pod["metadata"]:
                 continue
             port = int(pod["metadata"]["annotations"][SERVE_PORT])
-            if (pod.get("status") or {}).get("phase") == "Running" and answers(f"http://127.0.0.1:{port}/-/healthz", 0.5):
+            if (pod.get("status") or {}).get("phase") == "Running" and answers(f"http://127.0.0.1:{port}/-/healthz", _PROBE_S):
                 found.append(port)
         return tuple(found)
 

@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "platform"), str(REPOSITORY)]
 RESULTS = REPOSITORY / "bench" / "results" / "elastic.json"
 TESTS = REPOSITORY / "tests" / "kuberay"
-LIMIT_S = 240.0
+LIMIT_S = 400.0
 EVERY_STEPS = 10
 ADAPTER = "pools-address"
 

@@ -99,7 +99,7 @@ def measure(file: Path, num_steps: int) -> dict[str, Any]:
     now = timed("tokenise_s", now)
     tokenise(index, Encoder(tokenizer, PACK_TOKENS, False), "bench")
     now = timed("cached_s", now)
-    rows = tokens.rows(np.concatenate(tokens.train_parts))
+    rows = tokens.rows(tokens.train)
     plan = plan_steps(rows, TrainSpec(epochs=3, pack_tokens=PACK_TOKENS, packs_per_step=PACKS_PER_STEP))
     now = timed("plan_3_epochs_s", now)
     num_steps = min(num_steps, len(plan.steps))

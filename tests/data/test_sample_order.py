@@ -1,7 +1,10 @@
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptfleet.core.data.sample_order import epoch_order
+from adaptfleet.core.data import sample_order
+from adaptfleet.core.data.sample_order import epoch_order, permutation
 
 
 @given(st.integers(0, 500), st.integers(0, 2**40), st.integers(0, 1000))
@@ -19,3 +22,9 @@ def test_seed_and_epoch_each_change_the_order() -> None:
 def test_the_order_is_the_same_for_good() -> None:
     # A run that resumes under another NumPy must go on in the same order.
     assert epoch_order(8, seed=0, epoch=0) == [2, 1, 3, 4, 5, 7, 0, 6]
+
+
+def test_a_long_order_is_sorted_by_its_draws_like_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = permutation(5_000, seed=3, epoch=2)
+    monkeypatch.setattr(sample_order, "_DRAWN_TOGETHER", 700)
+    assert np.array_equal(permutation(5_000, seed=3, epoch=2), at_once)

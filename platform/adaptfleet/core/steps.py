@@ -14,6 +14,8 @@ from adaptfleet.core.data.mixture import Mixture
 from adaptfleet.core.data.packing import Pack, PackTable, pack_table
 from adaptfleet.core.data.tokens import Rows
 
+_SUMMED_TOGETHER = 65_536
+
 
 @dataclass(frozen=True)
 class Steps(Sequence[list[Pack]]):
@@ -74,13 +76,16 @@ def plan_steps(rows: Rows | Sequence[Encoded], train: TrainSpec, mixture: Mixtur
     lengths_N = rows.lengths if isinstance(rows, Rows) else np.asarray([len(row) for row in rows], dtype=np.int32)
     mixture = mixture or Mixture((len(rows),), (1.0,))
     most_packs = None if train.max_steps is None else train.max_steps * train.num_packs
-    tables: list[PackTable] = []
-    for epoch in range(math.ceil(train.epochs)):
-        order_M = mixture.epoch(epoch, train.seed)
-        share = min(1.0, train.epochs - epoch)
-        tables.append(pack_table(lengths_N, train.pack_tokens, order_M[: max(1, round(len(order_M) * share))]))
-        if most_packs is not None and sum(map(len, tables)) >= most_packs:
-            break
-    packs = PackTable.joined(tables, most_packs)
-    num_tokens = int(lengths_N[packs.indices_N].sum(dtype=np.int64))
+
+    def epochs() -> Iterator[PackTable]:
+        for epoch in range(math.ceil(train.epochs)):
+            order_M = mixture.epoch(epoch, train.seed)
+            share = min(1.0, train.epochs - epoch)
+            yield pack_table(lengths_N, train.pack_tokens, order_M[: max(1, round(len(order_M) * share))])
+
+    packs = PackTable.joined(epochs(), most_packs)
+    num_tokens = sum(
+        int(lengths_N[packs.indices_N[begin : begin + _SUMMED_TOGETHER]].sum(dtype=np.int64))
+        for begin in range(0, len(packs.indices_N), _SUMMED_TOGETHER)
+    )
     return StepPlan(Steps(packs, train.num_packs), train.pack_tokens, num_tokens, num_tokens / (len(packs) * train.pack_tokens))

@@ -1,7 +1,7 @@
 """Finding a data set, mixing several, and holding rows out, without keeping the rows."""
 
-import bisect
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,15 +9,18 @@ import numpy.typing as npt
 
 from adaptfleet.contracts.data import DataSpec
 from adaptfleet.contracts.errors import DataError
+from adaptfleet.core.data.disk_arrays import joined
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.rows import BadRows
 from adaptfleet.core.data.sample_order import permutation
-from adaptfleet.core.data.scan import Scan, prompt_place, rows_sha256, scan
+from adaptfleet.core.data.scan import Scan, num_repeated, prompt_place, rows_sha256, scan
 from adaptfleet.core.data.sources import FetchPublished, Sides, Source, find_held_out, find_training
 
 _NUM_SHARED_SHOWN = 5
+_SOUGHT_TOGETHER = 65_536
 
-RowNumbers = npt.NDArray[np.int64]
+RowNumbers = npt.NDArray[np.int32]
+"""Up to two thousand million rows. Four bytes a row are what a data set holds in memory, a few times."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +51,22 @@ class DatasetIndex:
 
     @property
     def train(self) -> RowNumbers:
-        return np.concatenate(self.train_parts)
+        return self.train_parts[0] if len(self.train_parts) == 1 else np.concatenate(self.train_parts)
 
     @property
-    def starts(self) -> RowNumbers:
+    def starts(self) -> npt.NDArray[np.int64]:
         """The number of each scan's first row, and of all rows at the end."""
         return np.cumsum([0, *map(len, self.scans)])
 
     @property
     def sha256(self) -> str:
-        digests_N2 = self.scans[0].digests_N2 if len(self.scans) == 1 else np.concatenate([s.digests_N2 for s in self.scans])
+        digests_N2 = joined([s.digests_N2 for s in self.scans])
         sides = [rows_sha256(digests_N2, numbers) for numbers in (self.train, self.test)]
         return hashlib.sha256(b"".join(sides)).hexdigest()
 
     @property
     def num_duplicates(self) -> int:
-        # 64 bits tell a hundred million rows apart with a chance of one in three thousand to miscount by one.
-        digests_N = np.concatenate([s.digests_N2[:, 0] for s in self.scans])[self.train]
-        return len(digests_N) - len(np.unique(digests_N))
+        return num_repeated(joined([s.digests_N2 for s in self.scans]), self.train)
 
     def examples_at(self, numbers: RowNumbers) -> list[Example]:
         """A few rows, in the given order."""
@@ -118,18 +119,18 @@ def survey_dataset(
         if error:
             faults.append(error)
     if faults and found_bad is None:
-        return DatasetIndex(tuple(scans), (), np.empty(0, dtype=np.int64), ()), faults
+        return DatasetIndex(tuple(scans), (), np.empty(0, dtype=np.int32), ()), faults
     starts = np.cumsum([0, *map(len, scans)])
-    parts = [np.arange(starts[i], starts[i + 1]) for i in range(len(sides))]
-    given = np.arange(starts[len(sides)], starts[-1])
-    prompts = np.concatenate([s.prompts_N for s in scans])
+    parts = [np.arange(starts[i], starts[i + 1], dtype=np.int32) for i in range(len(sides))]
+    given = np.arange(starts[len(sides)], starts[-1], dtype=np.int32)
+    prompts = joined([s.prompts_N for s in scans])
     divided = [] if spec.test is not None else [i for i, side in enumerate(sides) if side.test is None]
     test = [given]
     if divided:
         try:
-            last = last_held_out(np.concatenate([prompts[parts[i]] for i in divided]), spec.test_fraction)
+            last = last_held_out([scans[i].prompts_N for i in divided], spec.test_fraction)
             for i in divided:
-                chosen = prompts[parts[i]] <= last
+                chosen = scans[i].prompts_N <= last
                 test.append(parts[i][chosen])
                 parts[i] = parts[i][~chosen]
         except DataError as error:
@@ -166,32 +167,47 @@ def _found(spec: DataSpec, fetch_published: FetchPublished | None) -> tuple[list
 def split_rows(rows: list[Example], test_fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Train and test rows of a set in memory; see `last_held_out`."""
     prompts_N = np.frombuffer(b"".join(prompt_place(row, seed) for row in rows), dtype="<u8")
-    is_held_out = (prompts_N <= last_held_out(prompts_N, test_fraction)).tolist()
+    is_held_out = (prompts_N <= last_held_out([prompts_N], test_fraction)).tolist()
     return [r for r, held in zip(rows, is_held_out, strict=True) if not held], [
         r for r, held in zip(rows, is_held_out, strict=True) if held
     ]
 
 
-def last_held_out(prompts_N: npt.NDArray[np.uint64], test_fraction: float) -> np.uint64:
+def last_held_out(prompts: Sequence[npt.NDArray[np.uint64]], test_fraction: float) -> np.uint64:
     """The last place on the test side: prompts up to it go there. A prompt's side depends on itself and the seed alone, so that equal
     prompts stand together and rows that are added later leave the others where they are. Each side gets at least one prompt.
     """
-    places = np.unique(prompts_N)
-    if len(places) < 2:
+    prompts = [places_N for places_N in prompts if len(places_N)]
+    lowest = min((places_N.min() for places_N in prompts), default=np.uint64(0))
+    highest = max((places_N.max() for places_N in prompts), default=np.uint64(0))
+    if lowest == highest:
         raise DataError(
-            f"the {len(prompts_N)} rows have one prompt among them, so none can be held out. Add rows, or name a file in `test`."
+            f"the {sum(map(len, prompts))} rows have one prompt among them, so none can be held out. Add rows, or name a file in `test`."
         )
-    num_held_out = bisect.bisect_left(places, test_fraction, key=lambda place: int(place) / 2**64)
-    return places[min(max(1, num_held_out), len(places) - 1) - 1]
+    last = lowest
+    for places_N in prompts:
+        for begin in range(0, len(places_N), _SOUGHT_TOGETHER):
+            some = places_N[begin : begin + _SOUGHT_TOGETHER]
+            held_out = some[(some / 2.0**64 < test_fraction) & (some < highest)]
+            last = max(last, held_out.max(initial=lowest))
+    return last
 
 
 def _leak(index: DatasetIndex, train: RowNumbers, prompts: npt.NDArray[np.uint64]) -> DataError | None:
-    in_train, first = np.unique(prompts[train], return_index=True)
-    shared = index.test[np.isin(prompts[index.test], in_train)]
+    places = np.unique(prompts[index.test])
+    first = np.full(len(places), -1, dtype=np.int64)
+    for begin in range(0, len(train), _SOUGHT_TOGETHER):
+        some = train[begin : begin + _SOUGHT_TOGETHER]
+        at = np.searchsorted(places, prompts[some]).clip(max=len(places) - 1)
+        hits = np.flatnonzero(places[at] == prompts[some])[::-1]
+        new = hits[first[at[hits]] < 0]
+        first[at[new]] = some[new]
+    found = first[np.searchsorted(places, prompts[index.test])]
+    shared = index.test[found >= 0]
     if not len(shared):
         return None
     some = shared[:_NUM_SHARED_SHOWN]
-    twins = train[first[np.searchsorted(in_train, prompts[some])]]
+    twins = found[found >= 0][:_NUM_SHARED_SHOWN]
     pairs = zip(index.examples_at(some), index.examples_at(twins), strict=True)
     shown = [f"  {t.origin} = {s.origin}: {_shortened(t)}" for t, s in pairs]
     rest = [f"  ... and {len(shared) - len(shown)} more"] if len(shared) > len(shown) else []

@@ -36,23 +36,23 @@ class Mixture:
                 counts[most[1]] -= 1
         return counts
 
-    def epoch(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
+    def epoch(self, epoch: int, seed: int) -> npt.NDArray[np.int32]:
         """The rows of an epoch in their order."""
         if len(self.sizes) == 1:
             return permutation(self.sizes[0], seed, epoch)
-        starts = np.cumsum([0, *self.sizes])
+        starts = np.cumsum([0, *self.sizes]).astype(np.int32)
         chosen = [
             starts[i] + self._turn(size, count, epoch, f"{seed}:{i}")
             for i, (size, count) in enumerate(zip(self.sizes, self.counts(), strict=True))
         ]
         return np.concatenate(chosen)[permutation(sum(self.sizes), seed, epoch)]
 
-    def _turn(self, size: int, count: int, epoch: int, seed: str) -> npt.NDArray[np.int64]:
+    def _turn(self, size: int, count: int, epoch: int, seed: str) -> npt.NDArray[np.int32]:
         """The source's rows number `epoch * count` to `(epoch + 1) * count` of its endless walk."""
         parts = []
         begin, end = epoch * count, (epoch + 1) * count
         for walk in range(begin // size, -(-end // size)):
             first, last = max(begin - walk * size, 0), min(end - walk * size, size)
             # The epoch is shuffled in any case, so a whole walk needs no order of its own.
-            parts.append(np.arange(size) if last - first == size else permutation(size, seed, walk)[first:last])
+            parts.append(np.arange(size, dtype=np.int32) if last - first == size else permutation(size, seed, walk)[first:last])
         return np.concatenate(parts)

@@ -5,7 +5,7 @@ Packs are planned from the epoch's order before any worker takes its share: the 
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptfleet.contracts.errors import DataError
+from adaptfleet.core.data.disk_arrays import DiskArray
 from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.tokens import TokenRow
 
@@ -51,26 +52,32 @@ class PackTable(Sequence[Pack]):
         return Pack(tuple(self.indices_N[self.starts_P[p] : self.starts_P[p + 1]].tolist()))
 
     @classmethod
-    def joined(cls, tables: "Sequence[PackTable]", num_packs: int | None = None) -> "PackTable":
-        """The tables one after another, cut to the first `num_packs`."""
-        sizes_P = np.concatenate([np.diff(table.starts_P) for table in tables])[:num_packs]
+    def joined(cls, tables: "Iterable[PackTable]", num_packs: int | None = None) -> "PackTable":
+        """The tables one after another, on disk, cut to the first `num_packs`; no more tables are taken than that needs."""
+        sizes: list[npt.NDArray[np.int64]] = []
+        indices = DiskArray(np.int32)
+        for table in tables:
+            sizes.append(np.diff(table.starts_P))
+            indices.append(table.indices_N)
+            if num_packs is not None and sum(map(len, sizes)) >= num_packs:
+                break
+        sizes_P = np.concatenate(sizes)[:num_packs]
         starts_P = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes_P, dtype=np.int64)])
-        return cls(np.concatenate([table.indices_N for table in tables])[: starts_P[-1]], starts_P)
+        return cls(indices.mapped()[: starts_P[-1]], starts_P)
 
 
 def plan_packs(lengths: Sequence[int] | npt.NDArray[np.int32], pack_tokens: int, order: Sequence[int]) -> list[Pack]:
     """`pack_table` as a list, for a few rows."""
-    return list(pack_table(np.asarray(lengths, dtype=np.int32), pack_tokens, np.asarray(order, dtype=np.int64)))
+    return list(pack_table(np.asarray(lengths, dtype=np.int32), pack_tokens, np.asarray(order, dtype=np.int32)))
 
 
-def pack_table(lengths_N: npt.NDArray[np.int32], pack_tokens: int, order_M: npt.NDArray[np.int64]) -> PackTable:
+def pack_table(lengths_N: npt.NDArray[np.int32], pack_tokens: int, order_M: npt.NDArray[np.int32]) -> PackTable:
     """Best fit with a bounded number of open packs: each example of the order goes where it leaves the least room.
 
     `lengths_N` has the number of tokens of each example, `order_M` the indices of those to pack. The packs stand in the order in which they
     were begun. DataError lists the examples that are longer than a pack.
     """
-    too_long = order_M[lengths_N[order_M] > pack_tokens]
-    if len(too_long):
+    if len(lengths_N) and lengths_N.max() > pack_tokens and len(too_long := order_M[lengths_N[order_M] > pack_tokens]):
         shown = ", ".join(f"{i} ({lengths_N[i]})" for i in too_long[:20].tolist())
         raise DataError(
             f"{len(too_long)} examples are longer than a pack of {pack_tokens} tokens: {shown}{', ...' if len(too_long) > 20 else ''}."
@@ -94,9 +101,23 @@ def pack_table(lengths_N: npt.NDArray[np.int32], pack_tokens: int, order_M: npt.
             numbers.append(number)
             bisect.insort(open_packs, (room - length, number))
         pack_of_M[begin : begin + len(numbers)] = numbers
-    by_pack_M = np.argsort(pack_of_M, kind="stable")
     starts_P = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.bincount(pack_of_M, minlength=num_packs))])
-    return PackTable(order_M.astype(np.int32)[by_pack_M], starts_P)
+    return PackTable(_by_pack(pack_of_M, order_M, starts_P), starts_P)
+
+
+def _by_pack(pack_of_M: npt.NDArray[np.int32], order_M: npt.NDArray[np.int32], starts_P: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """The order, sorted by pack and in the order within each; a run of it at a time, each pack going on where the last run left it."""
+    sorted_M = np.empty(len(order_M), dtype=np.int32)
+    next_P = starts_P[:-1].copy()
+    for begin in range(0, len(order_M), _PLANNED_TOGETHER):
+        packs = pack_of_M[begin : begin + _PLANNED_TOGETHER]
+        by_pack = np.argsort(packs, kind="stable")
+        packs = packs[by_pack]
+        firsts = np.flatnonzero(np.diff(packs, prepend=-1))
+        sizes = np.diff(firsts, append=len(packs))
+        sorted_M[next_P[packs] + np.arange(len(packs)) - np.repeat(firsts, sizes)] = order_M[begin : begin + _PLANNED_TOGETHER][by_pack]
+        next_P[packs[firsts]] += sizes
+    return sorted_M
 
 
 def fill_ratio(packs: Sequence[Pack], lengths: Sequence[int], pack_tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""The first pass over a source: what must be known of every row, in 25 bytes each, so that the rows themselves need not be kept."""
+"""The first pass over a source: what must be known of every row, in 25 bytes each on disk, so that the rows need not be kept."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from adaptfleet.core.data.disk_arrays import DiskArray
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.files import Span, read_span
 from adaptfleet.core.data.rows import BadRows, examples, read_source
@@ -35,7 +36,7 @@ class Scan:
     def __len__(self) -> int:
         return len(self.forms_N)
 
-    def examples_at(self, rows: npt.NDArray[np.int64]) -> list[Example]:
+    def examples_at(self, rows: npt.NDArray[np.integer]) -> list[Example]:
         """A few rows, in the given order; reads the spans that hold them."""
         found: dict[int, Example] = {}
         wanted = set(rows.tolist())
@@ -54,21 +55,26 @@ class Scan:
 def scan(source: Source, seed: int, bad: BadRows) -> Scan:
     """Reads a source through. Rows that cannot be used are added to `bad` and left out. DataError: a file cannot be read."""
     spans: list[Span] = []
-    starts, digests, prompts, forms = [0], bytearray(), bytearray(), bytearray()
+    starts = [0]
+    all_digests, all_prompts, all_forms = DiskArray("<u8"), DiskArray("<u8"), DiskArray(np.uint8)
     for span, span_rows in read_source(source, bad):
+        digests, prompts, forms = bytearray(), bytearray(), bytearray()
         for example in span_rows:
             digests += row_sha256(example)[:16]
             prompts += prompt_place(example, seed)
             forms.append(_form(example))
+        all_digests.append(digests)
+        all_prompts.append(prompts)
+        all_forms.append(forms)
         spans.append(span)
-        starts.append(len(forms))
+        starts.append(starts[-1] + len(forms))
     return Scan(
         source,
         tuple(spans),
         np.asarray(starts, dtype=np.int64),
-        np.frombuffer(digests, dtype="<u8").reshape(-1, 2),
-        np.frombuffer(prompts, dtype="<u8"),
-        np.frombuffer(forms, dtype=np.uint8),
+        all_digests.mapped().reshape(-1, 2),
+        all_prompts.mapped(),
+        all_forms.mapped(),
     )
 
 
@@ -82,12 +88,35 @@ def row_sha256(example: Example) -> bytes:
     return hashlib.sha256(json.dumps(example.as_row(), ensure_ascii=False, sort_keys=True).encode()).digest()
 
 
-def rows_sha256(digests_N2: npt.NDArray[np.uint64], numbers: npt.NDArray[np.int64]) -> bytes:
+def rows_sha256(digests_N2: npt.NDArray[np.uint64], numbers: npt.NDArray[np.integer]) -> bytes:
     """The SHA-256 of some rows in their order, by their digests; a few rows are copied at a time."""
     digest = hashlib.sha256()
     for begin in range(0, len(numbers), _HASHED_TOGETHER):
         digest.update(digests_N2[numbers[begin : begin + _HASHED_TOGETHER]].tobytes())
     return digest.digest()
+
+
+def chosen_sha256(digests_N2: npt.NDArray[np.uint64], chosen_N: npt.NDArray[np.bool_]) -> bytes:
+    """The same of all rows that are chosen."""
+    digest = hashlib.sha256()
+    for begin in range(0, len(chosen_N), _HASHED_TOGETHER):
+        part = slice(begin, begin + _HASHED_TOGETHER)
+        digest.update(digests_N2[part][chosen_N[part]].tobytes())
+    return digest.digest()
+
+
+def num_repeated(digests_N2: npt.NDArray[np.uint64], numbers: npt.NDArray[np.integer]) -> int:
+    """How many of some rows equal an earlier one. Counted a sixteenth of the digests at a time where there are many."""
+    # 64 bits tell a hundred million rows apart with a chance of one in three thousand to miscount by one.
+    buckets = 1 if len(numbers) <= _HASHED_TOGETHER else 16
+    num_distinct = 0
+    for bucket in range(buckets):
+        found = [np.empty(0, dtype=np.uint64)]
+        for begin in range(0, len(numbers), _HASHED_TOGETHER):
+            digests = digests_N2[numbers[begin : begin + _HASHED_TOGETHER], 0]
+            found.append(digests[digests % np.uint64(buckets) == bucket])
+        num_distinct += len(np.unique(np.concatenate(found)))
+    return len(numbers) - num_distinct
 
 
 def prompt_place(example: Example, seed: int) -> bytes:

@@ -25,7 +25,7 @@ from adaptfleet.core.data.encoding import Faults, encode_block
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.files import SPAN_ROWS, Span, read_span
 from adaptfleet.core.data.rows import BadRows, examples
-from adaptfleet.core.data.scan import Scan, rows_sha256
+from adaptfleet.core.data.scan import Scan, chosen_sha256
 from adaptfleet.core.data.tokens import Rows, TokenFile, file_sha256, record_batch, write_tokens
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,11 @@ class TokenisedDataset:
     """Where the training rows of each source stand in the files, numbered one file after another, in the seeded order."""
     test: RowNumbers
 
+    @property
+    def train(self) -> RowNumbers:
+        """The parts one after another."""
+        return self.train_parts[0] if len(self.train_parts) == 1 else np.concatenate(self.train_parts)
+
     def rows(self, numbers: RowNumbers) -> Rows:
         return Rows([TokenFile(file) for file in self.files], numbers)
 
@@ -106,7 +111,8 @@ def tokenise(index: DatasetIndex, encoder: Encoder, tokenizer_sha256: str, execu
             errors.append(error)
     if errors:
         raise DataError("\n".join(map(str, errors)))
-    place = np.cumsum(used) - 1
+    place = np.cumsum(used, dtype=np.int32)
+    place -= 1
     return TokenisedDataset(tuple(files), tuple(place[part] for part in index.train_parts), place[index.test])
 
 
@@ -121,7 +127,7 @@ def tokenizer_sha256(folder: Path, tokenizer: Any) -> str:
 
 
 def _token_file(scan: Scan, chosen: npt.NDArray[np.bool_], encoder: Encoder, tokenizer_sha256: str, execute: Execute) -> Path:
-    rows_digest = rows_sha256(scan.digests_N2, np.flatnonzero(chosen)).hex()
+    rows_digest = chosen_sha256(scan.digests_N2, chosen).hex()
     made_of = [_FORMAT, rows_digest, tokenizer_sha256, encoder.max_tokens, encoder.truncate]
     folder = home() / "cache" / "tokens" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
     num_rows = int(np.count_nonzero(chosen))

@@ -119,7 +119,7 @@ class TokenFile:
 class Rows(Sequence[TokenRow]):
     """Rows of several token files in an order of their own: `order_N` numbers the files' rows one file after another."""
 
-    def __init__(self, files: Sequence[TokenFile], order_N: npt.NDArray[np.int64]) -> None:
+    def __init__(self, files: Sequence[TokenFile], order_N: npt.NDArray[np.integer]) -> None:
         self.files = tuple(files)
         self.order_N = order_N
         self._first = np.cumsum([0, *map(len, self.files)])
@@ -141,7 +141,8 @@ class Rows(Sequence[TokenRow]):
     @cached_property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each row."""
-        return np.concatenate([file.lengths for file in self.files])[self.order_N]
+        lengths = [file.lengths for file in self.files]
+        return (lengths[0] if len(lengths) == 1 else np.concatenate(lengths))[self.order_N]
 
     @property
     def num_tokens(self) -> int:

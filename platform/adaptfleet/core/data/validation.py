@@ -10,6 +10,7 @@ import numpy.typing as npt
 from adaptfleet.contracts.data import DataSpec
 from adaptfleet.contracts.errors import DataError
 from adaptfleet.core.data.datasets import DatasetIndex, RowNumbers, survey_dataset
+from adaptfleet.core.data.disk_arrays import joined
 from adaptfleet.core.data.encoding import EncodedBlock, Faults, encode_block
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.files import SPAN_ROWS
@@ -199,7 +200,7 @@ def _doubts(index: DatasetIndex, cut: Listing, short: Listing, max_tokens: int) 
 
 
 def _duplicates(index: DatasetIndex, numbers: RowNumbers) -> tuple[int, tuple[str, ...]]:
-    digests_N = np.concatenate([scan.digests_N2[:, 0] for scan in index.scans])[numbers]
+    digests_N = joined([scan.digests_N2 for scan in index.scans])[numbers, 0]
     _, first, inverse = np.unique(digests_N, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(numbers)))
     some = again[:MAX_SHOWN]

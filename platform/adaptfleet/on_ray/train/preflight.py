@@ -83,7 +83,7 @@ def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], Non
         offenders.append(error)
     if offenders:
         raise type(offenders[0])("\n".join(map(str, offenders)))
-    train_rows = tokens.rows(np.concatenate(tokens.train_parts))
+    train_rows = tokens.rows(tokens.train)
     shuffled = permutation(len(tokens.test), job.data.seed, epoch=0)
     num_answered = max(job.evaluation.max_generated_rows, job.evaluation.max_sample_rows)
     examples = _answerable(dataset, dataset.test[shuffled], num_answered)

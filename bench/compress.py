@@ -1,62 +1,77 @@
-"""Compressed checkpoints against their bf16 parent, each measured with it in one run.
+"""Compressed checkpoints against their bf16 parent.
 
-    python bench/compress.py [--only w8a8 w4 ...] [--again]
+    python bench/compress.py [quality] [speed] [--only w8a8 w4 ...] [--again]
 
-Each artifact is one recipe of jobs/compress.py and takes a few minutes; what was measured is kept in build/bench-compress, so that the
-whole can be run in pieces, with `--only`, and goes on where it stopped. bench/results/compress.json is written from whatever is there.
+Each artifact is one recipe of jobs/compress.py. `quality` makes it and measures bytes and perplexity; `speed` measures it in the engine,
+its parent before and after it in the same call, and wants a machine without other work. What was measured is kept in
+build/bench-compress, so the whole can be run in pieces, with `--only`, and goes on where it stopped. bench/results/compress.json is written
+from whatever is there.
 
-Text of the calibration and of the recovery: the language reference that comes with Python (pydoc_data.topics), of which every eighth piece
-is held out (in-domain); out-of-domain are the descriptions of the installed packages. Perplexity ratios have 95% intervals over the pieces.
-Speeds are tokens a CPU second of the real engine with one thread; shape_1b_* has random weights of a model of 1.07 billion parameters, and
-stands for speed alone.
+Text: `train`, of calibration and recovery, is the language reference that comes with Python (pydoc_data.topics), of which every eighth
+piece is held out (in-domain). `general`, which recipes mix in, are docstrings of the standard library. Out-of-domain are the descriptions
+of the installed packages, of which no recipe sees one. Perplexity ratios have 95% intervals over the pieces. Speeds are tokens a CPU second
+of the real engine with one thread; shape_1b_* has random weights of a model of 1.07 billion parameters, and stands for speed alone.
 
-The embedded base was itself dequantized from 4-bit weights in blocks of 32: its 4-bit numbers are of such weights. second_base_w4 rounds a
+The embedded base was itself dequantized from 4-bit weights in blocks of 32: its 4-bit numbers are of such weights. second_base_* are of a
 checkpoint whose every weight was trained further.
 """
 
 import argparse
+import ast
 import json
+import math
 import os
 import platform
-import shutil
 import sys
+import sysconfig
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results" / "compress.json"
 WORK = REPOSITORY / "build" / "bench-compress"
 PIECE_CHARS = 1500
-NUM_OTHER_PIECES = 64
+NUM_OTHER_PIECES, NUM_GENERAL_PIECES = 64, 192
+NUM_CALIBRATION, NUM_SCORED, NUM_PARITY_ROWS, ROUNDS = 32, 16, 8, 3
 PRUNE = {"kind": "prune", "mlp_width": 0.2}
 RECOVER = {
     "kind": "recover",
     "method": {"kind": "lora", "rank": 32, "alpha": 64},
-    "train": {"epochs": 1, "pack_tokens": 512, "packs_per_step": 1, "learning_rate": 5e-4},
+    "objective": {"kind": "distill", "teacher": {"source": "smollm2-135m"}, "alpha": 0.5},
+    "train": {"epochs": 1, "pack_tokens": 512, "packs_per_step": 1, "learning_rate": 1e-3, "truncate": True},
 }
+TUNE = {"kind": "tune", "num_rows": 64}
 W8A8 = {"kind": "w8a8", "smoothquant": 0.8}
+GPTQ = {"kind": "weight-only", "algorithm": "gptq"}
+ENDS_8 = {"head": "w8a8", "embedding": "w8"}
+ENDS_4 = {"head": "w8a8", "embedding": "w4"}
 RECIPES: dict[str, list[Any]] = {
     "w8a8_rtn": [{"kind": "quantize", "scheme": {"kind": "w8a8"}}],
-    "w8a8": [{"kind": "quantize", "scheme": W8A8}],
-    "w8a8_head": [{"kind": "quantize", "scheme": W8A8, "head": "w8a8"}],
+    "w8a8_smooth": [{"kind": "quantize", "scheme": W8A8}],
+    "w8a8": [{"kind": "quantize", "scheme": W8A8, **ENDS_8}],
+    "w8a8_rtn_tuned": [{"kind": "quantize", "scheme": {"kind": "w8a8"}, **ENDS_8}, TUNE],
     "w4_rtn": [{"kind": "quantize", "scheme": {"kind": "weight-only"}}],
-    "w4_gptq": [{"kind": "quantize", "scheme": {"kind": "weight-only", "algorithm": "gptq"}}],
-    "w4_gptq_zero_points": [{"kind": "quantize", "scheme": {"kind": "weight-only", "algorithm": "gptq", "symmetric": False}}],
+    "w4_gptq": [{"kind": "quantize", "scheme": GPTQ}],
+    "w4": [{"kind": "quantize", "scheme": GPTQ, **ENDS_8}, TUNE],
     "w4_awq": [{"kind": "quantize", "scheme": {"kind": "weight-only", "algorithm": "awq"}}],
-    "mixed": [{"kind": "quantize", "scheme": {"kind": "mixed", "max_bytes_ratio": 0.5, "algorithm": "gptq"}}],
+    "mixed": [{"kind": "quantize", "scheme": {"kind": "mixed", "max_bytes_ratio": 0.5, "algorithm": "gptq"}, **ENDS_4}, TUNE],
+    "width_raw": [{**PRUNE, "refit": False}],
+    "width_refit": [PRUNE],
     "width": [PRUNE, RECOVER, "merge"],
-    "width_w8a8": [PRUNE, RECOVER, "merge", {"kind": "quantize", "scheme": W8A8}],
-    "second_base_w4": [{"kind": "quantize", "scheme": {"kind": "weight-only", "algorithm": "gptq"}}],
+    "width_w8a8": [PRUNE, RECOVER, "merge", {"kind": "quantize", "scheme": W8A8, **ENDS_8}],
+    "second_base_w4": [{"kind": "quantize", "scheme": GPTQ, **ENDS_8}, TUNE],
 }
 SHAPES = {
-    "shape_1b_w8a8": {"kind": "quantize", "scheme": {"kind": "w8a8"}},
-    "shape_1b_w4": {"kind": "quantize", "scheme": {"kind": "weight-only"}},
+    "shape_1b_w8a8": {"kind": "quantize", "scheme": {"kind": "w8a8"}, **ENDS_8},
+    "shape_1b_w4": {"kind": "quantize", "scheme": {"kind": "weight-only"}, **ENDS_8},
 }
 TARGETS = {  # bytes, perplexity in and out of domain, decode speed at batch 1 and 16
-    "w8a8": (0.61, 1.01, 1.01, 1.25, 1.05), "w4_gptq": (0.44, 1.10, 1.10, 1.2, 0.95), "mixed": (0.50, 1.05, 1.05, None, None),
+    "w8a8": (0.61, 1.01, 1.01, 1.25, 1.05), "w4": (0.44, 1.10, 1.10, 1.2, 0.95), "mixed": (0.50, 1.05, 1.05, None, None),
     "width": (0.90, 1.10, 1.25, 1.1, 1.1), "width_w8a8": (0.55, 1.12, 1.27, 1.4, 1.2),
     "shape_1b_w8a8": (None, None, None, 1.5, 1.5), "shape_1b_w4": (None, None, None, 1.75, 1.1),
 }  # fmt: skip
@@ -74,7 +89,7 @@ def pieces(text: str) -> list[str]:
 
 
 def texts() -> dict[str, Path]:
-    """The files of both domains, made once: `train` and `test` of the one, `other` and `other_test` of the other."""
+    """The files: `train` and `test` of the one domain, `other` and `other_test` of the other, and `general`."""
     from pydoc_data.topics import topics
 
     folder = WORK / "text"
@@ -84,6 +99,7 @@ def texts() -> dict[str, Path]:
     descriptions = {found.metadata["Name"]: str(found.metadata.get_payload() or "") for found in metadata.distributions()}
     other = [piece for name in sorted(descriptions, key=str.lower) for piece in pieces(descriptions[name])[1:3]]
     parts = {
+        "general": docstrings(),
         "train": [piece for i, piece in enumerate(reference) if i % 8],
         "test": reference[::8],
         "other": other[1::2][:NUM_OTHER_PIECES],
@@ -94,24 +110,89 @@ def texts() -> dict[str, Path]:
     return {name: folder / f"{name}.jsonl" for name in parts}
 
 
-def measure_recipe(name: str) -> dict[str, Any]:
+def docstrings() -> list[str]:
+    """Evenly from the standard library's modules."""
+    found: list[str] = []
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        found += pieces("\n\n".join(text for node in nodes if (text := ast.get_docstring(node))))
+    return found[:: max(1, len(found) // NUM_GENERAL_PIECES)][:NUM_GENERAL_PIECES]
+
+
+def recipe_job(name: str) -> Any:
     from adaptfleet.contracts.compression import CompressJob
-    from adaptfleet.contracts.home import home
     from adaptfleet.contracts.loading import parse_contract
-    from adaptfleet.on_ray.compress.compression import run_compression
 
     files = texts()
     values = {
         "model": {"source": second_base(files) if name.startswith("second_base") else "smollm2-135m"},
         "run": name.replace("_", "-"),
-        "calibration": {"data": {"train": str(files["train"]), "test": str(files["test"])}, "num_rows": 64},
+        "calibration": {"data": mixed(files), "num_rows": NUM_CALIBRATION},
         "steps": RECIPES[name],
-        "proof": {"out_of_domain": {"train": str(files["other"]), "test": str(files["other_test"])}, "max_rows": 32},
+        "proof": {
+            "in_domain": {"train": str(files["train"]), "test": str(files["test"])},
+            "out_of_domain": {"train": str(files["other"]), "test": str(files["other_test"])},
+            "max_rows": NUM_SCORED,
+            "engine": False,
+        },
     }
-    job = parse_contract(CompressJob, yaml.safe_dump(values))
-    shutil.rmtree(home() / "runs" / job.run_name(), ignore_errors=True)
-    run_compression(job)
-    return {"recipe": RECIPES[name], **json.loads((home() / "runs" / job.run_name() / "proof.json").read_text())}
+    return parse_contract(CompressJob, yaml.safe_dump(values))
+
+
+def mixed(files: dict[str, Path]) -> dict[str, Any]:
+    """Text of the domain and general text, as much of the one as of the other."""
+    return {"mixture": [{"source": str(files["train"])}, {"source": str(files["general"])}], "test": str(files["test"])}
+
+
+def measure_quality(name: str) -> dict[str, Any]:
+    """Makes the artifact and scores it. The parent of several recipes is scored once."""
+    from adaptfleet.core.data.encoding import encode_all
+    from adaptfleet.core.evaluation.intervals import Ratio, confidence_interval
+    from adaptfleet.core.quantization.environment import quantizer_python
+    from adaptfleet.on_ray.compress.compression import make
+    from adaptfleet.on_ray.compress.preflight import prepare
+    from adaptfleet.on_ray.compress.proof import weights_bytes
+    from adaptfleet.store.registry import Registry
+
+    job = recipe_job(name)
+    prepared = prepare(job, Registry.open())
+    quantizer_python()
+    began = time.monotonic()
+    made, adapter = make(job, prepared)
+    made_s = time.monotonic() - began
+    assert adapter is None
+    kept = WORK / f"parent-{prepared.revision[:16]}-{job.proof.max_rows}.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(losses(job, prepared.folder, prepared)))
+    parents, results = json.loads(kept.read_text()), losses(job, made.folder, prepared)
+    found: dict[str, Any] = {"recipe": RECIPES[name], "made_s": made_s, "folders": [str(prepared.folder), str(made.folder)]}
+    sides = {"parent": (prepared.folder, parents), "result": (made.folder, results)}
+    for side, (folder, rows) in sides.items():
+        perplexity = {domain: interval(rows[domain], None, Ratio, confidence_interval) for domain in rows}
+        found[side] = {"num_bytes": weights_bytes(folder), "perplexity": perplexity}
+    found["perplexity_ratio"] = {domain: interval(results[domain], parents[domain], Ratio, confidence_interval) for domain in results}
+    encoded = encode_all(prepared.held_out["in_domain"][:NUM_PARITY_ROWS], prepared.tokenizer, 1000, truncate=True)
+    found["parity"] = {
+        "rows": [[row.input_ids, row.label_mask] for row in encoded],
+        "nats": {side: sum(rows["in_domain"][i][0] for i in range(len(encoded))) for side, (_, rows) in sides.items()},
+    }
+    return found
+
+
+def losses(job: Any, folder: Path, prepared: Any) -> dict[str, list[list[float]]]:
+    """By domain: nats and labels of each held-out row."""
+    from adaptfleet.on_ray.compress.proof import measure_checkpoint
+
+    _, rows = measure_checkpoint(job, folder.name, folder, prepared)
+    return {domain: [[row.loss.nats, row.loss.num_labels] for row in found if row.loss] for domain, found in rows.items()}
+
+
+def interval(rows: list[list[float]], parents: list[list[float]] | None, ratio: Any, confidence_interval: Any) -> dict[str, float]:
+    """Perplexity, or the ratio of perplexities drawn in pairs."""
+    nats = [mine[0] - (parents[i][0] if parents else 0.0) for i, mine in enumerate(rows)]
+    drawn = ratio(np.array(nats), np.array([float(labels) for _, labels in rows]), exponential=True)
+    return vars(confidence_interval(drawn, 2000))
 
 
 def second_base(files: dict[str, Path]) -> str:
@@ -130,20 +211,42 @@ def second_base(files: dict[str, Path]) -> str:
     return run_finetune(parse_contract(FinetuneJob, yaml.safe_dump(values)))
 
 
-def measure_shape(name: str) -> dict[str, Any]:
+def make_shape(name: str) -> dict[str, Any]:
     from adaptfleet.contracts.compression import Quantize
     from adaptfleet.core.quantization.rounding import quantize
-    from adaptfleet.on_ray.compress.engine_proof import engine_proof
+    from adaptfleet.on_ray.compress.proof import weights_bytes
     from adaptfleet.on_ray.compress.recipe_folder import made_once
 
     parent = made_once("shape", "1b", random_model).folder
-    child = made_once("shape", name, lambda out: (out.rmdir(), quantize(parent, out, Quantize.model_validate(SHAPES[name]), []))).folder
-    found: dict[str, Any] = {"recipe": [SHAPES[name]]}
-    for label, folder in (("parent", parent), ("result", child)):
-        engine = vars(engine_proof(folder, "bfloat16", [([1, 2, 3], [False, True, True])], 1, rounds=1))
-        num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        found[label] = {"num_bytes": num_bytes, "quality": {}, "engine": engine}
-    return found
+    step = Quantize.model_validate(SHAPES[name])
+
+    def make(out: Path) -> None:
+        out.rmdir()
+        quantize(parent, out, step, [], untie=step.head != "keep")
+
+    child = made_once("shape", name, make).folder
+    found: dict[str, Any] = {"recipe": [SHAPES[name]], "folders": [str(parent), str(child)]}
+    return found | {side: {"num_bytes": weights_bytes(folder)} for side, folder in (("parent", parent), ("result", child))}
+
+
+def measure_speeds(names: list[str]) -> None:
+    """One engine after another, with the parent before and after its children: what drifts meanwhile shows, and its mean counts."""
+    from adaptfleet.on_ray.compress.engine_proof import engine_proof
+
+    quality = {name: json.loads(kept("quality", name).read_text()) for name in names}
+    parents = list(dict.fromkeys(found["folders"][0] for found in quality.values()))
+    for parent in parents:
+        mine = [name for name in names if quality[name]["folders"][0] == parent]
+        rows = next((quality[name]["parity"]["rows"] for name in mine if "parity" in quality[name]), [[[1, 2, 3], [False, True, True]]])
+        rounds = 1 if mine[0] in SHAPES else ROUNDS
+        before = vars(engine_proof(Path(parent), "bfloat16", rows, 1, rounds))
+        engines = {}
+        for name in mine:
+            print(f"{name} in the engine ...", flush=True)
+            engines[name] = vars(engine_proof(Path(quality[name]["folders"][1]), "bfloat16", rows, 1, rounds))
+        after = vars(engine_proof(Path(parent), "bfloat16", rows, 1, rounds)) if len(mine) > 1 else before
+        for name, engine in engines.items():
+            kept("speed", name).write_text(json.dumps({"parent": [before, after], "result": engine}, indent=1))
 
 
 def random_model(out: Path) -> None:
@@ -167,44 +270,71 @@ def random_model(out: Path) -> None:
 
 def row(found: dict[str, Any]) -> dict[str, float]:
     """The table's columns: everything over the parent's."""
-    parent, result = found["parent"], found["result"]
-    values = {"bytes": result["num_bytes"] / parent["num_bytes"]}
+    values = {"bytes": found["result"]["num_bytes"] / found["parent"]["num_bytes"]}
     for domain, ratio in found.get("perplexity_ratio", {}).items():
         values[f"perplexity_{domain}"] = ratio["value"]
-    for batch in ("1", "16"):
-        speeds = [{str(key): value for key, value in one["engine"]["tokens_per_cpu_s"].items()}[batch] for one in (result, parent)]
-        values[f"speed_b{batch}"] = speeds[0] / speeds[1]
+    engines = found.get("engines")
+    for batch in ("1", "16") if engines else ():
+        parents = [one["tokens_per_cpu_s"][batch] for one in engines["parent"]]
+        values[f"speed_b{batch}"] = engines["result"]["tokens_per_cpu_s"][batch] * len(parents) / sum(parents)
     return {key: round(value, 4) for key, value in values.items()}
+
+
+def kept(part: str, name: str) -> Path:
+    return WORK / part / f"{name}.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*RECIPES, *SHAPES]
+    parser.add_argument("parts", nargs="*", help="quality, speed; both where none is named")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--again", action="store_true", help="measure anew what was measured before")
     arguments = parser.parse_args()
+    parts = arguments.parts or ["quality", "speed"]
+    if set(parts) - {"quality", "speed"}:
+        parser.error(f"parts are {', '.join(parts)}; allowed: quality, speed")
     from adaptfleet.contracts.home import home
 
     home_folder = WORK / "home"
-    home_folder.mkdir(parents=True, exist_ok=True)
-    for kept in ("models", "environments"):
-        (home() / kept).mkdir(parents=True, exist_ok=True)
-        if not (home_folder / kept).exists():
-            (home_folder / kept).symlink_to(home() / kept)
+    for folder in (home_folder, WORK / "quality", WORK / "speed"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for shared in ("models", "environments"):
+        (home() / shared).mkdir(parents=True, exist_ok=True)
+        if not (home_folder / shared).exists():
+            (home_folder / shared).symlink_to(home() / shared)
     os.environ["ADAPTFLEET_HOME"] = str(home_folder)
     sys.path.insert(0, str(REPOSITORY / "platform"))
-    for name in arguments.only:
-        file = WORK / f"{name}.json"
-        if file.exists() and not arguments.again:
-            continue
-        print(f"{name} ...", flush=True)
-        found = measure_shape(name) if name in SHAPES else measure_recipe(name)
-        file.write_text(json.dumps(found, indent=1))
-    report([name for name in names if (WORK / f"{name}.json").exists()])
+    if "quality" in parts:
+        for name in arguments.only:
+            if kept("quality", name).exists() and not arguments.again:
+                continue
+            print(f"{name} ...", flush=True)
+            found = make_shape(name) if name in SHAPES else measure_quality(name)
+            kept("quality", name).write_text(json.dumps(found, indent=1))
+            kept("speed", name).unlink(missing_ok=True)
+    if "speed" in parts:
+        pending = [name for name in arguments.only if arguments.again or not kept("speed", name).exists()]
+        measure_speeds([name for name in pending if kept("quality", name).exists()])
+    report([name for name in names if kept("quality", name).exists()])
+
+
+def artifact(name: str) -> dict[str, Any]:
+    """All that was measured of it, with the perplexity in the engine over the one computed here from the same rounded weights."""
+    found: dict[str, Any] = json.loads(kept("quality", name).read_text())
+    del found["folders"]
+    parity = found.pop("parity", None)
+    if kept("speed", name).exists():
+        found["engines"] = json.loads(kept("speed", name).read_text())
+        if parity:
+            num_labels = sum(sum(mask) for _, mask in parity["rows"])
+            nats = {"parent": found["engines"]["parent"][0]["nats"], "result": found["engines"]["result"]["nats"]}
+            found["engine_parity"] = {side: math.exp((nats[side] - parity["nats"][side]) / num_labels) for side in nats}
+    return found
 
 
 def report(names: list[str]) -> None:
-    found = {name: json.loads((WORK / f"{name}.json").read_text()) for name in names}
+    found = {name: artifact(name) for name in names}
     rows = {name: row(one) for name, one in found.items()}
     columns = ("bytes", "perplexity_in_domain", "perplexity_out_of_domain", "speed_b1", "speed_b16")
     print(f"{'over the bf16 parent':22}" + "".join(f"{column.replace('perplexity_', 'ppl '):>18}" for column in columns))
@@ -217,7 +347,9 @@ def report(names: list[str]) -> None:
         print(f"{name:22}" + "".join(f"{cell:>18}" for cell in cells))
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs, one thread"
     note = "The embedded base was dequantized from 4-bit weights in blocks of 32; its 4-bit numbers are of such weights."
-    RESULTS.write_text(json.dumps({"machine": machine, "note": note, "over_parent": rows, "artifacts": found}, indent=1) + "\n")
+    columns_note = "Over the bf16 parent; speeds in tokens a CPU second, over the mean of the parent's before and after."
+    text = {"machine": machine, "note": note, "columns": columns_note, "over_parent": rows, "targets": TARGETS, "artifacts": found}
+    RESULTS.write_text(json.dumps(text, indent=1) + "\n")
     print(f"written: {RESULTS.relative_to(REPOSITORY)}")
 
 

@@ -1,11 +1,12 @@
 """When a student learns more from a teacher than from the data alone, at an equal number of tokens.
 
     python bench/distill.py teacher [--seconds 480]                    # again until it says that it is done
-    python bench/distill.py run [--arms ce kd-0.5 ...] [--seeds 0 1 2] [--learning-rates 3e-4] [--seconds 480]
+    python bench/distill.py run [--student width] [--arms ce kd-0.5 ...] [--seeds 0 1 2] [--learning-rates 2e-4] [--seconds 480]
     python bench/distill.py summary
 
 teacher  the embedded base fine-tuned (full) on the training rows of address-json
-student  the teacher's base with every third layer taken out (30 -> 20), the same for every arm
+student  width: the teacher with three tenths of its feed-forward channels pruned away and refitted, as jobs/compress.py does it.
+         depth: the teacher's base with every third layer taken out (30 -> 20). The same for every arm
 arms     ce: cross-entropy of the data's tokens. kd-A, rkl-A, jsd-A: forward KL, reverse KL, JSD from the teacher with alpha A (kd-1.0: no
          hard labels). kd-A-tT: with temperature T. Every arm sees the same packed rows in the same order and makes as many updates.
 seeds    another subset of `--rows` training rows, in another order
@@ -36,7 +37,8 @@ sys.path[:0] = [str(REPOSITORY / "platform"), str(REPOSITORY)]
 WORK = REPOSITORY / "build" / "bench-distill"
 RESULTS = REPOSITORY / "bench" / "results" / "distill.json"
 PACK_TOKENS, PACKS_PER_STEP = 256, 2
-NUM_VALIDATION, NUM_LOSS_ROWS, NUM_ANSWERED, MAX_NEW_TOKENS = 64, 128, 64, 80
+NUM_VALIDATION, NUM_LOSS_ROWS, NUM_ANSWERED, MAX_NEW_TOKENS = 48, 96, 48, 64
+NUM_CALIBRATION, WIDTH_TAKEN = 64, 0.3
 DIVERGENCES = {"kd": "forward_kl", "rkl": "reverse_kl", "jsd": "jsd"}
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t, by degrees of freedom."""
@@ -49,9 +51,10 @@ class Settings:
     learning_rate: float
     rows: int
     steps: int
+    student: str
 
     def name(self) -> str:
-        return f"{self.arm}_seed{self.seed}_lr{self.learning_rate:g}_rows{self.rows}_steps{self.steps}"
+        return f"{self.student}_{self.arm}_seed{self.seed}_lr{self.learning_rate:g}_rows{self.rows}_steps{self.steps}"
 
 
 class Clock:
@@ -115,6 +118,27 @@ def drop_layers(model: Any) -> Any:
     return model
 
 
+def width_pruned(teacher: Any, tokenizer: Any, examples: list[Any]) -> Path:
+    """Made once: the teacher's checkpoint with fewer feed-forward channels."""
+    from adaptfleet.contracts.compression import Prune
+    from adaptfleet.core.data.encoding import encode_all
+    from adaptfleet.core.export import export_model
+    from adaptfleet.core.pruning.importance import measure
+    from adaptfleet.core.pruning.refit import refit
+    from adaptfleet.core.pruning.slicing import choose, sliced
+
+    folder = WORK / "student-width"
+    if not folder.exists():
+        rows = encode_all(examples[:NUM_CALIBRATION], tokenizer, PACK_TOKENS)
+        model = copy.deepcopy(teacher)
+        kept = choose(model.config, Prune(mlp_width=WIDTH_TAKEN), measure(model, rows, tokenizer.pad_token_id))
+        refit(model, kept, rows, tokenizer.pad_token_id)
+        unfinished = WORK / "student-width.part"
+        export_model(sliced(model, kept), tokenizer, unfinished)
+        unfinished.rename(folder)
+    return folder
+
+
 def make_trainer(model: Any, rows: list[Any], pad_id: int, learning_rate: float, steps: int, seed: int, objective: Any = None) -> Any:
     from adaptfleet.contracts.jobs import TrainSpec
     from adaptfleet.contracts.methods import Full
@@ -150,6 +174,9 @@ def make_teacher(args: argparse.Namespace) -> None:
         print("the teacher is there:", (folder / "facts.json").read_text())
         return
     folder.mkdir(parents=True, exist_ok=True)
+    import torch
+
+    torch.set_num_threads(args.threads)
     model, tokenizer = loaded("smollm2-135m")
     examples, _, test = data()
     rows = encode_all(examples, tokenizer, PACK_TOKENS)
@@ -188,19 +215,29 @@ def run(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     clock = Clock(args.seconds)
-    wanted = [Settings(arm, seed, rate, args.rows, args.steps) for seed in args.seeds for rate in args.learning_rates for arm in args.arms]
+    wanted = [
+        Settings(arm, seed, rate, args.rows, args.steps, args.student)
+        for seed in args.seeds
+        for rate in args.learning_rates
+        for arm in args.arms
+    ]
     pending = [s for s in wanted if not (WORK / "runs" / s.name() / "result.json").exists()]
     print(f"{len(pending)} of {len(wanted)} runs are to be made")
-    base, tokenizer = loaded("smollm2-135m")
-    teacher, _ = loaded(str(WORK / "teacher" / "model"))
+    teacher, tokenizer = loaded(str(WORK / "teacher" / "model"))
     examples, validation, test = data()
+    start = loaded("smollm2-135m" if args.student == "depth" else str(width_pruned(teacher, tokenizer, examples)))[0]
+    if args.student == "depth":
+        start = drop_layers(start)
+    begun = WORK / f"begun-{args.student}.json"
+    if not begun.exists():
+        begun.write_text(json.dumps(measured(start, tokenizer, test, NUM_ANSWERED)))
     for settings in pending:
         if clock.is_over():
             break
         folder = WORK / "runs" / settings.name()
         folder.mkdir(parents=True, exist_ok=True)
         chosen = [examples[i] for i in permutation(len(examples), settings.seed, 0)[: settings.rows]]
-        student = drop_layers(copy.deepcopy(base))
+        student = copy.deepcopy(start)
         objective = objective_of(settings.arm, student, teacher)
         rows = encode_all(chosen, tokenizer, PACK_TOKENS)
         began = time.monotonic()
@@ -234,13 +271,13 @@ def interval(values: list[float]) -> dict[str, float]:
 
 def summary(args: argparse.Namespace) -> None:
     results = [json.loads(file.read_text()) for file in sorted((WORK / "runs").glob("*/result.json"))]
-    groups: dict[tuple[int, int], dict[str, dict[float, dict[int, Any]]]] = {}
+    groups: dict[tuple[str, int, int], dict[str, dict[float, dict[int, Any]]]] = {}
     for result in results:
         s = result["settings"]
-        by_rate = groups.setdefault((s["rows"], s["steps"]), {}).setdefault(s["arm"], {})
+        by_rate = groups.setdefault((s["student"], s["rows"], s["steps"]), {}).setdefault(s["arm"], {})
         by_rate.setdefault(s["learning_rate"], {})[s["seed"]] = result
     tables = []
-    for (rows, steps), arms in sorted(groups.items()):
+    for (student, rows, steps), arms in sorted(groups.items()):
         best = {}
         for arm, by_rate in arms.items():
             # chosen among learning rates with the most seeds, by the validation part alone
@@ -248,7 +285,8 @@ def summary(args: argparse.Namespace) -> None:
             rates = {rate: seeds for rate, seeds in by_rate.items() if len(seeds) == most}
             rate = min(rates, key=lambda r: statistics.fmean(v["validation"]["loss"] for v in rates[r].values()))
             best[arm] = (rate, rates[rate])
-        table: dict[str, Any] = {"rows": rows, "steps": steps, "arms": {}}
+        untrained = json.loads((WORK / f"begun-{student}.json").read_text())
+        table: dict[str, Any] = {"student": student, "rows": rows, "steps": steps, "untrained": untrained, "arms": {}}
         for arm, (rate, seeds) in best.items():
             metrics = [m for m in ("loss", "exact_match", "field_f1") if all(m in r["held_out"] for r in seeds.values())]
             entry: dict[str, Any] = {"learning_rate": rate, "tokens": next(iter(seeds.values()))["tokens"], "seeds": sorted(seeds)}
@@ -263,7 +301,7 @@ def summary(args: argparse.Namespace) -> None:
     shape = {"pack_tokens": PACK_TOKENS, "packs_per_step": PACKS_PER_STEP, "loss_rows": NUM_LOSS_ROWS, "answered_rows": NUM_ANSWERED}
     report = {
         "teacher": teacher,
-        "student": "the base with every third of its 30 layers taken out",
+        "students": {"width": "the teacher less 3/10 of its feed-forward channels, refitted", "depth": "the base less every third layer"},
         "method": "full",
         "data": "address-json",
         "settings": shape | {"validation_rows": NUM_VALIDATION, "max_new_tokens": MAX_NEW_TOKENS},
@@ -273,7 +311,7 @@ def summary(args: argparse.Namespace) -> None:
     }
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     for table in tables:
-        print(f"{table['rows']} rows, {table['steps']} steps")
+        print(f"{table['student']}, {table['rows']} rows, {table['steps']} steps; untrained: {table['untrained']}")
         for arm, entry in table["arms"].items():
             against = entry.get("less_ce", {}).get("loss")
             difference = (
@@ -289,16 +327,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(required=True)
     teacher = actions.add_parser("teacher")
-    teacher.add_argument("--steps", type=int, default=240)
+    teacher.add_argument("--steps", type=int, default=80)
+    teacher.add_argument("--threads", type=int, default=1)
     teacher.add_argument("--learning-rate", type=float, default=2e-4)
     teacher.add_argument("--seconds", type=float, default=480)
     teacher.set_defaults(do=make_teacher)
     runs = actions.add_parser("run")
+    runs.add_argument("--student", choices=["width", "depth"], default="width")
     runs.add_argument("--arms", nargs="+", default=["ce", "kd-0.5", "kd-1.0"])
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    runs.add_argument("--learning-rates", nargs="+", type=float, default=[3e-4])
-    runs.add_argument("--rows", type=int, default=300)
-    runs.add_argument("--steps", type=int, default=60)
+    runs.add_argument("--learning-rates", nargs="+", type=float, default=[2e-4])
+    runs.add_argument("--rows", type=int, default=100)
+    runs.add_argument("--steps", type=int, default=30)
     runs.add_argument("--threads", type=int, default=1)
     runs.add_argument("--seconds", type=float, default=480)
     runs.set_defaults(do=run)

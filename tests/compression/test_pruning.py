@@ -10,6 +10,7 @@ from adaptfleet.contracts.compression import Prune
 from adaptfleet.contracts.errors import ContractError, ModelError
 from adaptfleet.core.pruning.importance import MEASURES, Importance, measure
 from adaptfleet.core.pruning.layout import head_size, layout_of, num_groups, planned_sizes
+from adaptfleet.core.pruning.refit import fitted, refit
 from adaptfleet.core.pruning.slicing import Kept, choose, sliced
 from tests.compression.conftest import CONFIGS, make_model, make_rows
 from tests.training.conftest import make_model as make_plain_model
@@ -98,6 +99,35 @@ def test_layers_that_do_nothing_go_first_and_cost_nothing(name: str) -> None:
     left = kept(model, Prune(layers=1))
     assert left.layers == [0, 2]
     torch.testing.assert_close(logits(sliced(model, left)), logits(model))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_others_tell_is_refitted(name: str) -> None:
+    """Every second channel says what its neighbour says: the neighbours take its weight over, and nothing is lost but the ridge."""
+    model = make_model(name)
+    layout = layout_of(model.config)
+    for block in layout.blocks(model):
+        for reader in layout.mlp_in:
+            linear = block.get_submodule(reader)
+            linear.weight.data[1::2] = linear.weight.data[::2]
+            if linear.bias is not None:
+                linear.bias.data[1::2] = linear.bias.data[::2]
+    whole, config = logits(model), model.config
+    groups = list(range(num_groups(config)))
+    left = Kept([list(range(0, 192, 2))] * 3, [groups] * 3, list(range(64)), [0, 1, 2])
+    cut = (logits(sliced(model, left)) - whole).norm() / whole.norm()
+    refit(model, left, make_rows(12), pad_id=0)
+    healed = (logits(sliced(model, left)) - whole).norm() / whole.norm()
+    assert healed < 0.15 * cut, (healed, cut)
+
+
+def test_a_refit_is_the_least_squares_one() -> None:
+    torch.manual_seed(0)
+    x, weight, keep = torch.randn(500, 12), torch.randn(5, 12), [0, 2, 3, 7, 8, 11]
+    x[:, 1] += 2 * x[:, 0] - x[:, 7]
+    best = torch.linalg.lstsq(x[:, keep], x @ weight.T).solution.T
+    # the ridge is a hundredth of the inputs' mean square
+    torch.testing.assert_close(fitted(weight, x.T @ x, keep).float(), best, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("importance", MEASURES)

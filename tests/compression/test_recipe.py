@@ -8,6 +8,7 @@ from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.loading import parse_contract
 
 QUANTIZE, PRUNE, RECOVER = {"kind": "quantize"}, {"kind": "prune", "mlp_width": 0.2}, {"kind": "recover"}
+TUNE = {"kind": "tune"}
 PUBLISH = {"kind": "publish", "name": "small"}
 
 
@@ -25,6 +26,8 @@ def recipe(*steps: object, **keys: object) -> CompressJob:
         (PRUNE, RECOVER, "merge", QUANTIZE, PUBLISH),
         (QUANTIZE, RECOVER, PUBLISH),
         (PRUNE, RECOVER, "merge", QUANTIZE, RECOVER, PUBLISH),
+        (QUANTIZE, TUNE, PUBLISH),
+        (PRUNE, RECOVER, "merge", QUANTIZE, TUNE, RECOVER, PUBLISH),
         ({"kind": "prune"}, PUBLISH),  # ratio 0: a search must hold it
     ],
     ids=lambda steps: "-".join(s if isinstance(s, str) else s["kind"] for s in steps),
@@ -38,7 +41,7 @@ def test_legal_orders(steps: tuple[object, ...]) -> None:
     [
         (
             (QUANTIZE, PRUNE),
-            r"the order is quantize, prune; allowed is prune, recover, merge, quantize, recover, publish, each left",
+            r"the order is quantize, prune; allowed is prune, recover, merge, quantize, tune, recover, publish, each",
         ),
         ((PUBLISH, QUANTIZE), r"the order is publish, quantize"),
         ((QUANTIZE, QUANTIZE), r"the order is quantize, quantize"),
@@ -46,6 +49,8 @@ def test_legal_orders(steps: tuple[object, ...]) -> None:
         ((QUANTIZE, RECOVER, "merge"), r"the order is quantize, recover, merge"),
         ((RECOVER, "merge", QUANTIZE), r"recover has nothing to heal: write prune before it"),
         ((PRUNE, RECOVER, QUANTIZE), r"write merge after it"),
+        ((PRUNE, TUNE), r"tune has no rounded layer to heal: write quantize before it"),
+        ((QUANTIZE, RECOVER, TUNE), r"the order is quantize, recover, tune"),
         ((PRUNE, "merge"), r"merge has no adapter to fold in"),
         ((PUBLISH,), r"nothing is compressed: write prune or quantize"),
         (("merge", PUBLISH), r"merge has no adapter to fold in.*; nothing is compressed"),
@@ -107,13 +112,6 @@ def test_targets(target: str, scheme: dict[str, object], served: bool) -> None:
 def test_values(step: dict[str, object], message: str) -> None:
     with pytest.raises(ContractError, match=message):
         recipe(step)
-
-
-def test_a_rounded_embedding_is_for_gpus() -> None:
-    step = {"kind": "quantize", "head": "w8a8", "embedding": "w4"}
-    with pytest.raises(ContractError, match=r"embedding is 'w4', but vLLM reads a rounded embedding with a Triton kernel"):
-        recipe(step)
-    recipe(step, target="hopper")
 
 
 def test_equal_recipes_have_equal_fingerprints() -> None:

@@ -15,7 +15,7 @@ from adaptfleet.contracts.objectives import Objective, Sft
 from adaptfleet.contracts.schemes import W8A8, Scheme, Target
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-ORDER = ("prune", "recover", "merge", "quantize", "recover", "publish")
+ORDER = ("prune", "recover", "merge", "quantize", "tune", "recover", "publish")
 
 
 class Prune(Spec):
@@ -35,6 +35,8 @@ class Prune(Spec):
     """Decoder layers, those that change the residual stream least (arXiv 2403.03853)."""
     round_to: Literal[32, 64, 128] = 64
     """Widths left are multiples of it."""
+    refit: bool = True
+    """Fit what stays of each projection to what the whole one gave on the calibration rows, by least squares: heals a good part at once."""
 
 
 class Recover(Spec):
@@ -69,13 +71,10 @@ class Quantize(Spec):
     head: Literal["keep", "w8a8"] = "keep"
     """The output head. `w8a8`: rounded to 8 bits; where it shares the embedding's weights it gets its own."""
     embedding: Literal["keep", "w8", "w4"] = "keep"
-    """The embedding's rows, rounded to 8 or 4 bits, for GPUs alone. Where the head shares its weights, `head` must be rounded too."""
+    """The embedding's rows, rounded to 8 or 4 bits. Where the head shares its weights, `head` must be rounded too: with `w8` both together
+    then take the bytes of the one before. On a CPU it takes the platform's plug-in, which the endpoint has; stock vLLM cannot load it."""
 
     def why_unserved(self, target: Target) -> str | None:
-        if target == "cpu" and self.embedding != "keep":
-            return (
-                f"embedding is {self.embedding!r}, but vLLM reads a rounded embedding with a Triton kernel, for GPUs alone; allowed: keep"
-            )
         return self.scheme.why_unserved(target)
 
     @model_validator(mode="after")
@@ -83,6 +82,19 @@ class Quantize(Spec):
         if self.embedding != "keep" and self.head == "keep":
             raise ValueError(f"embedding is {self.embedding!r} but head is 'keep'; round the head too (head: w8a8), or keep the embedding")
         return self
+
+
+class Tune(Spec):
+    """Heals a rounded model in place: the scales of its rounded layers learn what the recipe's parent says of each next token (forward KL),
+    the codes stay. Format, bytes and speed are what they were."""
+
+    kind: Literal["tune"] = "tune"
+    data: DataSpec | None = None
+    """None: the calibration data's training rows."""
+    num_rows: Annotated[int, Field(ge=1)] = 256
+    """Exactly so many; fewer are an error."""
+    train: TrainSpec = TrainSpec(epochs=1.0, pack_tokens=512, learning_rate=2e-3, truncate=True)
+    """The learning rate is of a scale's relative change. Rows longer than a packed row are cut."""
 
 
 class Publish(Spec):
@@ -93,7 +105,7 @@ class Publish(Spec):
     """The alias moved to the new version; None moves none."""
 
 
-Step = Annotated[Prune | Recover | Merge | Quantize | Publish, Field(discriminator="kind")]
+Step = Annotated[Prune | Recover | Merge | Quantize | Tune | Publish, Field(discriminator="kind")]
 
 
 class CalibrationSpec(Spec):
@@ -117,6 +129,9 @@ class ProofSpec(Spec):
     answers: bool = False
     """Answer the held-out rows greedily too, for exact match, field F1 and valid JSON."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 80
+    adapters: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Published adapters of the parent, `name`, `name@version` or `name@alias`: measured on the parent and on the result, which serves them
+    too where it was only rounded."""
     num_resamples: Annotated[int, Field(ge=100)] = 2000
     """Of the bootstrap behind each 95% interval."""
     engine: bool = True
@@ -138,7 +153,7 @@ class CompressJob(Spec):
     """Allow schemes that the target cannot serve, to measure their quality. Nothing is published."""
     calibration: CalibrationSpec = CalibrationSpec()
     steps: Annotated[tuple[Step, ...], Field(strict=False, min_length=1)]
-    """In this order, each left out or not: prune, recover, merge, quantize, recover, publish. The result is always measured."""
+    """In this order, each left out or not: prune, recover, merge, quantize, tune, recover, publish. The result is always measured."""
     proof: ProofSpec = ProofSpec()
 
     @model_validator(mode="before")
@@ -158,7 +173,7 @@ class CompressJob(Spec):
         if early > 1 or not all(kind in places for kind in kinds):
             raise ValueError(
                 f"steps: the order is {', '.join(kinds)}; allowed is {', '.join(ORDER)}, each left out or not: recover before merge heals "
-                "what is pruned, recover after quantize heals what is rounded"
+                "what is pruned, tune and recover after quantize heal what is rounded"
             )
         wrong: list[str] = []
         if early and "prune" not in kinds:
@@ -167,6 +182,8 @@ class CompressJob(Spec):
             wrong.append("recover leaves an adapter, which is not rounded: write merge after it")
         if "merge" in kinds and not early:
             wrong.append("merge has no adapter to fold in: write recover before it, or leave merge out")
+        if "tune" in kinds and "quantize" not in kinds:
+            wrong.append("tune has no rounded layer to heal: write quantize before it, or leave it out")
         if not {"prune", "quantize"} & set(kinds):
             wrong.append("nothing is compressed: write prune or quantize")
         if self.quality_only and "publish" in kinds:
@@ -188,6 +205,20 @@ class CompressJob(Spec):
             raise ValueError(f"steps: {reason}; or write quality_only: true to measure it without publishing")
         if self.quality_only and self.proof.engine and reason:
             raise ValueError("proof.engine is true, but the engine cannot load what is measured for its quality only; set it to false")
+        return self
+
+    def takes_parents_adapters(self) -> bool:
+        """A model that was only rounded has its parent's shapes, and layers that read the same inputs."""
+        quantize = self.step(Quantize)
+        return quantize is not None and self.step(Prune) is None and not quantize.scheme.moves_scales
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> "CompressJob":
+        if self.proof.adapters and not self.takes_parents_adapters():
+            raise ValueError(
+                f"proof.adapters names {', '.join(self.proof.adapters)}, but the result takes no adapters of its parent: prune changes "
+                "shapes, smoothquant and awq the layers' inputs; leave proof.adapters or these out"
+            )
         return self
 
     def step(self, kind: type) -> Any | None:

@@ -22,6 +22,11 @@ class W8A8(Spec):
     algorithm: Literal["rtn", "gptq"] = "rtn"
 
     @property
+    def moves_scales(self) -> bool:
+        """Between a layer's inputs and its weights, so that adapters of the parent, which read the same inputs, do not fit."""
+        return self.smoothquant is not None
+
+    @property
     def needs_data(self) -> bool:
         return self.activations == "static" or self.smoothquant is not None or self.algorithm != "rtn"
 
@@ -42,6 +47,10 @@ class WeightOnly(Spec):
     """Round to nearest; GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978."""
 
     @property
+    def moves_scales(self) -> bool:
+        return self.algorithm == "awq"
+
+    @property
     def needs_data(self) -> bool:
         return self.algorithm != "rtn"
 
@@ -57,6 +66,10 @@ class Fp8(Spec):
     """8-bit floating-point weights, a scale for each output channel, and activations with a scale for each token."""
 
     kind: Literal["fp8"] = "fp8"
+
+    @property
+    def moves_scales(self) -> bool:
+        return False
 
     @property
     def needs_data(self) -> bool:
@@ -82,6 +95,10 @@ class Mixed(Spec):
         if (self.max_bytes is None) == (self.max_bytes_ratio is None):
             raise ValueError("give one of max_bytes_ratio and max_bytes: it is what the knapsack fills")
         return self
+
+    @property
+    def moves_scales(self) -> bool:
+        return False
 
     @property
     def needs_data(self) -> bool:

@@ -63,7 +63,7 @@ def _plain(
             input_scales[module] = tensor.float()
     for module in rounded:
         parts = {part: stored[f"{module}.{part}"] for part in _PARTS if f"{module}.{part}" in stored}
-        bits = int(_group_of(module, quantization)["weights"]["num_bits"])
+        bits = int(group_of(module, quantization)["weights"]["num_bits"])
         plain[f"{module}.weight"] = dequantized(parts, bits).to(dtype)
     return plain, input_scales
 
@@ -110,7 +110,7 @@ def _round_inputs(model: PreTrainedModel, quantization: dict[str, Any], scales: 
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        group = _group_of(name, quantization, required=False)
+        group = group_of(name, quantization, required=False)
         inputs = group.get("input_activations") if group else None
         if inputs:
             module.register_forward_pre_hook(_rounding(inputs["type"] == "float", scales.get(name)))
@@ -135,7 +135,7 @@ def rounded_input(inputs: torch.Tensor, is_float: bool, scale: torch.Tensor | No
     return (codes * scale).to(inputs.dtype)
 
 
-def _group_of(module: str, quantization: dict[str, Any], required: bool = True) -> dict[str, Any]:
+def group_of(module: str, quantization: dict[str, Any], required: bool = True) -> dict[str, Any]:
     """The config group that the module's name falls into."""
     if any(_matches(target, module) for target in quantization.get("ignore") or ()):
         return {}

@@ -33,7 +33,9 @@ def main(request: dict[str, Any]) -> None:
     places = ("quantization", "transform.awq", "transform.smoothquant")
     sources = [importlib.import_module(f"llmcompressor.modifiers.{place}") for place in places]
     recipe = [
-        next(getattr(source, step["name"]) for source in sources if hasattr(source, step["name"]))(**step["arguments"])
+        next(getattr(source, step["name"]) for source in sources if hasattr(source, step["name"]))(
+            **step["arguments"], **_mappings(step, model)
+        )
         for step in request["modifiers"]
     ]
     arguments: dict[str, Any] = {}
@@ -50,6 +52,17 @@ def _rows(file: Path) -> Any:
     tensors = load_file(file)
     ids = tensors["input_ids"].split(tensors["lengths"].tolist())
     return datasets.Dataset.from_dict({"input_ids": [row.tolist() for row in ids], "attention_mask": [[1] * len(row) for row in ids]})
+
+
+def _mappings(step: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Smoothing reaches the inputs of a gated feed-forward's last layer too, which llm-compressor leaves out: they are the product of
+    `up_proj`'s outputs, which take the scales, and have the largest outliers of all."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if step["name"] != "SmoothQuantModifier" or not {"up_proj", "down_proj"} <= names:
+        return {}
+    utils: Any = importlib.import_module("llmcompressor.modifiers.transform.smoothquant.utils")
+    known = [list(mapping) for mapping in utils.get_layer_mappings_from_architecture(type(model).__name__)]
+    return {"mappings": [*known, [["re:.*down_proj$"], "re:.*up_proj$"]]}
 
 
 def _leave_memory_unpinned() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import assert_never
 
 from adaptfleet.contracts.artifacts import Draft, Manifest
-from adaptfleet.contracts.compression import CompressJob, Merge, Prune, Publish, Quantize, Recover, Step
+from adaptfleet.contracts.compression import CompressJob, Merge, Prune, Publish, Quantize, Recover, Step, Tune
 from adaptfleet.contracts.errors import TrainingError
 from adaptfleet.contracts.home import home
 from adaptfleet.core.models.loading import base_revision
@@ -83,6 +83,9 @@ def _make_step(job: CompressJob, prepared: Prepared, step: Step, base: Made, mad
         case Quantize():
             key = next_key(made.key, step, rows=rows, budget_of=str(prepared.parent_bytes))
             return made_once("quantize", key, lambda out: placed(steps.round_weights, made.folder, out, step, prepared))
+        case Tune():
+            key = next_key(made.key, step, rows=rows_sha256(prepared.tuning), teacher=prepared.revision)
+            return made_once("tune", key, lambda out: placed(steps.tune_scales, made.folder, out, step, prepared))
         case Publish():
             return made
         case _:
@@ -105,12 +108,11 @@ def _open_run(job: CompressJob) -> Path:
 
 
 def _publish(job: CompressJob, publish: Publish, prepared: Prepared, made: Made, proof: Proof, registry: Registry) -> Manifest:
-    is_rounded_only = job.step(Prune) is None
     draft = Draft(
         kind="model",
         name=publish.name,
         method={"kind": "compression", "steps": [step.model_dump(mode="json") for step in job.steps if not isinstance(step, Publish)]},
-        serves_adapters_of=prepared.revision if is_rounded_only else None,
+        serves_adapters_of=prepared.revision if job.takes_parents_adapters() else None,
         parents=(
             f"base:{prepared.base}:{prepared.revision[:16]}",
             f"data:{job.calibration.data.name()}:{rows_sha256(prepared.calibration)[:16]}",

@@ -2,14 +2,15 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from transformers import AutoConfig, PretrainedConfig
 
-from adaptfleet.contracts.compression import CompressJob, Prune, Publish, Quantize, Recover
+from adaptfleet.contracts.artifacts import Manifest
+from adaptfleet.contracts.compression import CalibrationSpec, CompressJob, Prune, Publish, Quantize, Recover, Tune
 from adaptfleet.contracts.data import DataSpec
 from adaptfleet.contracts.errors import AdaptfleetError, ContractError, DataError, StoreError
 from adaptfleet.contracts.home import home, store_url
@@ -58,6 +59,10 @@ class Prepared:
     calibration: list[Encoded]
     held_out: dict[str, list[Example]]
     """`in_domain`, and perhaps `out_of_domain`."""
+    tuning: list[Encoded] = field(default_factory=list)
+    """Rows that the scales of a rounded model are tuned on."""
+    adapters: dict[str, Path] = field(default_factory=dict)
+    """Folders of the parent's adapters that are measured on both, by reference."""
 
 
 def prepare(job: CompressJob, registry: Registry) -> Prepared:
@@ -86,6 +91,20 @@ def prepare(job: CompressJob, registry: Registry) -> Prepared:
         calibration = calibration_rows(job.calibration, tokenizer, fetch)
     except DataError as error:
         offenders.append(error)
+    adapters: dict[str, Path] = {}
+    for name in job.proof.adapters:
+        try:
+            manifest = _fitting_adapter(name, base_revision(folder), registry)
+            adapters[manifest.reference] = registry.fetch(manifest, home() / "cache" / "artifacts")
+        except AdaptfleetError as error:
+            offenders.append(error)
+    tuning: list[Encoded] = []
+    try:
+        if (tune := job.step(Tune)) is not None:
+            wanted = CalibrationSpec(data=tune.data or job.calibration.data, num_rows=tune.num_rows, max_tokens=tune.train.pack_tokens)
+            tuning = calibration_rows(wanted, tokenizer, fetch, "tune")
+    except DataError as error:
+        offenders.append(error)
     for domain, spec in (("in_domain", job.proof.in_domain or job.calibration.data), ("out_of_domain", job.proof.out_of_domain)):
         try:
             if spec is not None:
@@ -98,7 +117,7 @@ def prepare(job: CompressJob, registry: Registry) -> Prepared:
         offenders.append(error)
     if offenders:
         raise type(offenders[0])("\n".join(dict.fromkeys(map(str, offenders))))
-    return Prepared(base, folder, base_revision(folder), tokenizer, shapes, dense_bytes(full), calibration, held_out)
+    return Prepared(base, folder, base_revision(folder), tokenizer, shapes, dense_bytes(full), calibration, held_out, tuning, adapters)
 
 
 def _name_offenders(job: CompressJob, base: str, registry: Registry) -> Iterator[ContractError]:
@@ -112,6 +131,19 @@ def _name_offenders(job: CompressJob, base: str, registry: Registry) -> Iterator
                 yield ContractError(
                     f"{name} is of the kind {known}, not {kind}: versions of one name share a kind. Choose another publish.name."
                 )
+
+
+def _fitting_adapter(name: str, revision: str, registry: Registry) -> Manifest:
+    """ContractError: it is none, or another model's."""
+    manifest = registry.resolve(name)
+    if manifest.kind != "adapter":
+        raise ContractError(f"proof.adapters: {manifest.reference} is of the kind {manifest.kind}, no adapter. Leave it out.")
+    if manifest.base_revision != revision:
+        raise ContractError(
+            f"proof.adapters: {manifest.reference} fits {manifest.base} of revision {(manifest.base_revision or '')[:16]}, but "
+            f"the parent's is {revision[:16]}. Leave it out."
+        )
+    return manifest
 
 
 def _planned(job: CompressJob, config: PretrainedConfig, full: Shapes) -> Shapes:
@@ -158,7 +190,7 @@ def check_disk(job: CompressJob, shapes: Shapes) -> None:
     quantize = job.step(Quantize)
     steps = {"prune": dense_bytes(shapes), "recover": dense_bytes(shapes) // 10, "merge": dense_bytes(shapes)}
     if quantize:
-        steps["quantize"] = planned_bytes(shapes, quantize)
+        steps["quantize"] = steps["tune"] = planned_bytes(shapes, quantize)
     made = {step.kind: steps[step.kind] + _TOKENIZER_BYTES for step in job.steps if step.kind in steps}
     last = list(made.values())[-1]
     wanted: dict[Path, int] = {home(): sum(made.values())}

@@ -1,7 +1,7 @@
 """What is measured of the parent and of the result, in one run: bytes, quality on held-out rows, and the real engine."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Proof:
     """By domain: the result's over the parent's, drawn in pairs."""
     recovered: dict[str, Interval]
     """The same of the result with the adapter of its recovery on; empty where there is none."""
+    adapters: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    """By adapter of the parent and domain: the perplexity with it on the result over that with it on the parent."""
 
     def metrics(self) -> dict[str, float]:
         """Flat, for the manifest."""
@@ -64,6 +66,8 @@ class Proof:
                 f"perplexity_ratio_{domain}_high": ratio.high,
             }
         found |= {f"perplexity_ratio_{domain}_recovered": ratio.value for domain, ratio in self.recovered.items()}
+        for adapter, by_domain in self.adapters.items():
+            found |= {f"perplexity_ratio_{domain}_with_{adapter}": ratio.value for domain, ratio in by_domain.items()}
         ours, parents = self.result.engine, self.parent.engine
         if ours and parents:
             found |= {
@@ -100,11 +104,18 @@ def prove(job: CompressJob, prepared: Prepared, folder: Path, adapter: Path | No
         for domain, examples in prepared.held_out.items():
             recovered_rows[domain] = _scored(job, f"recovered, {domain}", folder, examples, adapter)
 
-    def ratios(rows: dict[str, list[RowResult]]) -> dict[str, Interval]:
-        drawn = {domain: perplexity_ratio(parents_rows[domain], scored) for domain, scored in rows.items()}
+    def ratios(over: dict[str, list[RowResult]], rows: dict[str, list[RowResult]]) -> dict[str, Interval]:
+        drawn = {domain: perplexity_ratio(over[domain], scored) for domain, scored in rows.items()}
         return {domain: confidence_interval(ratio, job.proof.num_resamples) for domain, ratio in drawn.items()}
 
-    return Proof(parent, result, ratios(results_rows), ratios(recovered_rows))
+    adapters: dict[str, dict[str, Interval]] = {}
+    for name, fitted in prepared.adapters.items():
+        on_parent, on_result = (
+            {domain: _scored(job, f"{name} on {label}, {domain}", base, rows, fitted) for domain, rows in prepared.held_out.items()}
+            for label, base in (("parent", prepared.folder), ("result", folder))
+        )
+        adapters[name] = ratios(on_parent, on_result)
+    return Proof(parent, result, ratios(parents_rows, results_rows), ratios(parents_rows, recovered_rows), adapters)
 
 
 def perplexity_ratio(parents: Sequence[RowResult], results: Sequence[RowResult]) -> Ratio:

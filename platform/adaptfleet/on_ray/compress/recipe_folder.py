@@ -12,7 +12,7 @@ from typing import Any
 from adaptfleet.contracts.base import Spec
 from adaptfleet.contracts.home import home
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a step comes to make something else of the same contract."""
 
 

@@ -46,6 +46,11 @@ def _beside(proof: Proof) -> str:
     """Everything over the parent's, which is 1."""
     quality = [Bar(domain.replace("_", " "), r.value, r.low, r.high) for domain, r in proof.perplexity_ratio.items()]
     quality += [Bar(f"{domain.replace('_', ' ')}, recovered", r.value, r.low, r.high) for domain, r in proof.recovered.items()]
+    quality += [
+        Bar(f"{domain.replace('_', ' ')}, with {name}", r.value, r.low, r.high)
+        for name, ratios in proof.adapters.items()
+        for domain, r in ratios.items()
+    ]
     drawn = [bar_chart("perplexity over the parent's, 95% intervals", quality, line=1.0)]
     sizes = [Bar("bytes on disk", proof.result.num_bytes / proof.parent.num_bytes)]
     ours, parents = proof.result.engine, proof.parent.engine

@@ -7,19 +7,25 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from adaptfleet.contracts.compression import CompressJob, Prune, Quantize, Recover
+from adaptfleet.contracts.compression import CompressJob, Prune, Quantize, Recover, Tune
+from adaptfleet.contracts.distillation import Distillation
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.jobs import EvaluationSpec, FinetuneJob
 from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.contracts.schemes import Mixed
 from adaptfleet.core.data.encoding import Encoded
+from adaptfleet.core.distill.objective import KnowledgeDistillation
+from adaptfleet.core.distill.teachers import OnlineTeacher
 from adaptfleet.core.export import export_model
+from adaptfleet.core.loop import StepResult
 from adaptfleet.core.models.device import model_dtype
 from adaptfleet.core.models.loading import base_revision, load_base
 from adaptfleet.core.pruning.importance import Importance, measure
+from adaptfleet.core.pruning.refit import refit
 from adaptfleet.core.pruning.slicing import choose, sliced
 from adaptfleet.core.quantization.calibration import rows_sha256
 from adaptfleet.core.quantization.rounding import quantize
+from adaptfleet.core.quantization.tuning import tune, write_tuned
 from adaptfleet.on_ray.compress.preflight import Prepared, recovery_data
 
 log = logging.getLogger(__name__)
@@ -58,7 +64,10 @@ def importance(folder: Path, rows: list[Encoded]) -> Importance:
 def prune(folder: Path, out: Path, step: Prune, rows: list[Encoded]) -> None:
     scores = importance(folder, rows)
     model, tokenizer = load_stored(folder)
-    smaller = sliced(model, choose(model.config, step, scores))
+    kept = choose(model.config, step, scores)
+    if step.refit:
+        refit(model, kept, rows, int(tokenizer.pad_token_id or 0))
+    smaller = sliced(model, kept)
     sizes = [f"{sum(p.numel() for p in m.parameters()):,}" for m in (model, smaller)]
     log.info("prune: %s parameters of %s stay", sizes[1], sizes[0])
     export_model(smaller, tokenizer, out)
@@ -106,3 +115,21 @@ def round_weights(folder: Path, out: Path, step: Quantize, prepared: Prepared) -
     # llm-compressor makes the folder itself
     out.rmdir()
     quantize(folder, out, step, prepared.calibration, bits_of, untie=step.head != "keep" and prepared.shapes.is_tied)
+
+
+def tune_scales(folder: Path, out: Path, step: Tune, prepared: Prepared) -> None:
+    """The rounded checkpoint with scales that learnt from the recipe's parent."""
+    dtype = model_dtype(ModelSpec())
+    student, tokenizer, _ = load_base(ModelSpec(source=str(folder)), dtype=dtype)
+    parent, _, _ = load_base(ModelSpec(source=str(prepared.folder)), dtype=dtype)
+    spec = Distillation(teacher=ModelSpec(source=str(prepared.folder)), alpha=1.0)
+
+    def objective(model: PreTrainedModel) -> KnowledgeDistillation:
+        return KnowledgeDistillation(spec, OnlineTeacher(parent, spec, model.config.vocab_size), model)
+
+    def tell(result: StepResult, total: int) -> None:
+        if result.step == total or result.step % max(1, total // 10) == 0:
+            log.info("tune: step %d of %d, %.4f nats from the parent", result.step, total, result.loss)
+
+    scales = tune(student, folder, step.train, prepared.tuning, int(tokenizer.pad_token_id or 0), objective, tell)
+    write_tuned(folder, out, scales)

@@ -24,8 +24,10 @@ def register() -> None:
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper import punica_cpu
 
+    from adaptfleet.on_ray.serve import rounded_embedding
     from adaptfleet.on_ray.serve.stacked_punica import StackedPunicaWrapper
 
+    rounded_embedding.register()
     if punica_cpu.PunicaWrapperCPU is StackedPunicaWrapper:
         return
     punica_cpu.PunicaWrapperCPU = StackedPunicaWrapper  # type: ignore[misc]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from adaptfleet.contracts.artifacts import Draft
 from adaptfleet.contracts.compression import CompressJob
 from adaptfleet.contracts.errors import AdaptfleetError, ContractError, DataError, StoreError, TrainingError
 from adaptfleet.contracts.loading import parse_contract
@@ -19,6 +20,7 @@ from adaptfleet.on_ray.compress.compression import run_compression
 from adaptfleet.on_ray.compress.preflight import check_disk, prepare
 from adaptfleet.on_ray.compress.recipe_folder import made_once, steps_folder
 from adaptfleet.store.registry import Registry
+from tests.serve.tiny_llama import make_adapter
 
 PRUNE = {"kind": "prune", "mlp_width": 0.4, "importance": "taylor"}
 
@@ -66,6 +68,33 @@ def test_a_pruned_model_is_published_with_its_proof(small_base: Path, sums: Path
     assert "narrow@1" in page and "<svg" in page and "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
     assert run_compression(job) == "narrow@1", "the same contract is not run again"
     assert registry.versions("narrow") == [1]
+
+
+def test_a_tuned_model_takes_its_parents_adapters_at_a_measured_loss(small_base: Path, sums: Path, tmp_path: Path) -> None:
+    registry, revision = Registry.open(), base_revision(small_base)
+    draft = Draft(kind="adapter", name="task", base="small-llama", base_revision=revision, method={"kind": "lora", "rank": 4})
+    registry.publish(draft, make_adapter(small_base, tmp_path / "adapter", rank=4))
+    job = contract(
+        small_base,
+        sums,
+        {"kind": "quantize", "scheme": {"kind": "weight-only"}},
+        {"kind": "tune", "num_rows": 32, "train": {"epochs": 4, "pack_tokens": 128, "learning_rate": 0.01}},
+        {"kind": "publish", "name": "tuned"},
+        proof={"adapters": ["task"]},
+    )
+    assert run_compression(job) == "tuned@1"
+    manifest = registry.resolve("tuned")
+    assert manifest.serves_adapters_of == revision
+    ratio = manifest.metrics["perplexity_ratio_in_domain_with_task@1"]
+    assert ratio != manifest.metrics["perplexity_ratio_in_domain"] and 0.8 < ratio < 1.25
+    page = (Path(os.environ["ADAPTFLEET_HOME"]) / "runs" / job.run_name() / "report.html").read_text()
+    assert "in domain, with task@1" in page
+    other = Draft(kind="adapter", name="other", base="another", base_revision="0" * 64, method={"kind": "lora", "rank": 4})
+    registry.publish(other, tmp_path / "adapter")
+    wrong = contract(small_base, sums, {"kind": "quantize"}, proof={"adapters": ["other", "tuned", "nobody"]})
+    message = refused(AdaptfleetError, wrong)
+    assert "other@1 fits another of revision 0000" in message and "tuned@1 is of the kind model, no adapter" in message
+    assert "nobody" in message
 
 
 def test_nothing_pruned_is_the_parent(small_base: Path, sums: Path) -> None:

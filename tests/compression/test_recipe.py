@@ -114,6 +114,26 @@ def test_values(step: dict[str, object], message: str) -> None:
         recipe(step)
 
 
+@pytest.mark.parametrize(
+    ("steps", "takes"),
+    [
+        ((QUANTIZE, TUNE), True),
+        ((rounding(kind="weight-only", algorithm="gptq"),), True),
+        ((rounding(kind="w8a8", smoothquant=0.5),), False),
+        ((rounding(kind="weight-only", algorithm="awq"),), False),
+        ((PRUNE, QUANTIZE), False),
+    ],
+)
+def test_who_takes_adapters_of_the_parent(steps: tuple[object, ...], takes: bool) -> None:
+    """Smoothing moves scales out of a layer's inputs: an adapter would read other inputs than it was trained on."""
+    assert recipe(*steps).takes_parents_adapters() == takes
+    if takes:
+        recipe(*steps, proof={"adapters": ["task"]})
+    else:
+        with pytest.raises(ContractError, match=r"proof\.adapters names task, but the result takes no adapters"):
+            recipe(*steps, proof={"adapters": ["task"]})
+
+
 def test_equal_recipes_have_equal_fingerprints() -> None:
     assert recipe(PRUNE, RECOVER, "merge").fingerprint() == recipe(PRUNE, RECOVER, {"kind": "merge"}).fingerprint()
     assert recipe(PRUNE).fingerprint() != recipe({"kind": "prune", "mlp_width": 0.3}).fingerprint()

@@ -36,9 +36,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "platform"), str(REPOSITORY)]
 WORK = REPOSITORY / "build" / "bench-distill"
 RESULTS = REPOSITORY / "bench" / "results" / "distill.json"
-PACK_TOKENS, PACKS_PER_STEP = 256, 2
+PACK_TOKENS, TEACHER_PACKS, STUDENT_PACKS = 256, 2, 4
 NUM_VALIDATION, NUM_LOSS_ROWS, NUM_ANSWERED, MAX_NEW_TOKENS = 48, 96, 48, 64
 NUM_CALIBRATION, WIDTH_TAKEN = 64, 0.3
+TEACHER_STEPS, TEACHER_RATE = 60, 2e-4
 DIVERGENCES = {"kd": "forward_kl", "rkl": "reverse_kl", "jsd": "jsd"}
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t, by degrees of freedom."""
@@ -139,16 +140,16 @@ def width_pruned(teacher: Any, tokenizer: Any, examples: list[Any]) -> Path:
     return folder
 
 
-def make_trainer(model: Any, rows: list[Any], pad_id: int, learning_rate: float, steps: int, seed: int, objective: Any = None) -> Any:
+def make_trainer(
+    model: Any, rows: list[Any], pad_id: int, learning_rate: float, steps: int, packs: int, seed: int, objective: Any = None
+) -> Any:
     from adaptfleet.contracts.jobs import TrainSpec
     from adaptfleet.contracts.methods import Full
     from adaptfleet.core.loop import Trainer
     from adaptfleet.core.methods.choice import adaptation
     from adaptfleet.core.steps import plan_steps
 
-    spec = TrainSpec(
-        epochs=1000, max_steps=steps, pack_tokens=PACK_TOKENS, packs_per_step=PACKS_PER_STEP, learning_rate=learning_rate, seed=seed
-    )
+    spec = TrainSpec(epochs=1000, max_steps=steps, pack_tokens=PACK_TOKENS, packs_per_step=packs, learning_rate=learning_rate, seed=seed)
     adapted = adaptation(Full())
     return Trainer(adapted.attach(model, seed), adapted, spec, plan_steps(rows, spec), rows, pad_id, objective)
 
@@ -165,14 +166,13 @@ def measured(model: Any, tokenizer: Any, examples: list[Any], answered: int) -> 
     return values
 
 
-def make_teacher(args: argparse.Namespace) -> None:
+def make_teacher(args: argparse.Namespace) -> bool:
     from adaptfleet.core.data.encoding import encode_all
     from adaptfleet.core.export import export_model
 
     folder = WORK / "teacher"
     if (folder / "facts.json").exists():
-        print("the teacher is there:", (folder / "facts.json").read_text())
-        return
+        return True
     folder.mkdir(parents=True, exist_ok=True)
     import torch
 
@@ -180,14 +180,16 @@ def make_teacher(args: argparse.Namespace) -> None:
     model, tokenizer = loaded("smollm2-135m")
     examples, _, test = data()
     rows = encode_all(examples, tokenizer, PACK_TOKENS)
-    trainer = make_trainer(model, rows, tokenizer.pad_token_id, args.learning_rate, args.steps, seed=0)
+    trainer = make_trainer(model, rows, tokenizer.pad_token_id, TEACHER_RATE, TEACHER_STEPS, TEACHER_PACKS, seed=0)
     if not train(trainer, folder, Clock(args.seconds)):
         print("not done; call again to go on")
-        return
+        return False
     export_model(trainer.model, tokenizer, folder / "model")
-    facts = {"held_out": measured(trainer.model, tokenizer, test, NUM_ANSWERED), "tokens": trainer.plan.num_tokens, **vars(args)}
-    (folder / "facts.json").write_text(json.dumps({k: v for k, v in facts.items() if k != "do"}))
+    facts = {"held_out": measured(trainer.model, tokenizer, test, NUM_ANSWERED), "tokens": trainer.plan.num_tokens}
+    facts |= {"steps": TEACHER_STEPS, "learning_rate": TEACHER_RATE}
+    (folder / "facts.json").write_text(json.dumps(facts))
     print("the teacher:", facts["held_out"])
+    return True
 
 
 def objective_of(arm: str, student: Any, teacher: Any) -> Any:
@@ -215,6 +217,8 @@ def run(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     clock = Clock(args.seconds)
+    if not make_teacher(args):
+        return
     wanted = [
         Settings(arm, seed, rate, args.rows, args.steps, args.student)
         for seed in args.seeds
@@ -241,7 +245,9 @@ def run(args: argparse.Namespace) -> None:
         objective = objective_of(settings.arm, student, teacher)
         rows = encode_all(chosen, tokenizer, PACK_TOKENS)
         began = time.monotonic()
-        trainer = make_trainer(student, rows, tokenizer.pad_token_id, settings.learning_rate, settings.steps, settings.seed, objective)
+        trainer = make_trainer(
+            student, rows, tokenizer.pad_token_id, settings.learning_rate, settings.steps, STUDENT_PACKS, settings.seed, objective
+        )
         if not train(trainer, folder, clock):
             break
         result = {
@@ -298,7 +304,7 @@ def summary(args: argparse.Namespace) -> None:
             table["arms"][arm] = entry
         tables.append(table)
     teacher = json.loads((WORK / "teacher" / "facts.json").read_text())
-    shape = {"pack_tokens": PACK_TOKENS, "packs_per_step": PACKS_PER_STEP, "loss_rows": NUM_LOSS_ROWS, "answered_rows": NUM_ANSWERED}
+    shape = {"pack_tokens": PACK_TOKENS, "packs_per_step": STUDENT_PACKS, "loss_rows": NUM_LOSS_ROWS, "answered_rows": NUM_ANSWERED}
     report = {
         "teacher": teacher,
         "students": {"width": "the teacher less 3/10 of its feed-forward channels, refitted", "depth": "the base less every third layer"},
@@ -327,9 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(required=True)
     teacher = actions.add_parser("teacher")
-    teacher.add_argument("--steps", type=int, default=80)
     teacher.add_argument("--threads", type=int, default=1)
-    teacher.add_argument("--learning-rate", type=float, default=2e-4)
     teacher.add_argument("--seconds", type=float, default=480)
     teacher.set_defaults(do=make_teacher)
     runs = actions.add_parser("run")
@@ -337,8 +341,8 @@ def main() -> None:
     runs.add_argument("--arms", nargs="+", default=["ce", "kd-0.5", "kd-1.0"])
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runs.add_argument("--learning-rates", nargs="+", type=float, default=[2e-4])
-    runs.add_argument("--rows", type=int, default=100)
-    runs.add_argument("--steps", type=int, default=30)
+    runs.add_argument("--rows", type=int, default=60)
+    runs.add_argument("--steps", type=int, default=16)
     runs.add_argument("--threads", type=int, default=1)
     runs.add_argument("--seconds", type=float, default=480)
     runs.set_defaults(do=run)

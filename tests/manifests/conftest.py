@@ -1,6 +1,7 @@
 """Overlays built once, and KubeRay's CRDs. Without the CRDs these tests are not collected, and a line says how to get them; CI has them."""
 
 import os
+import shutil
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ if crds.folder() is None and os.environ.get("CI") != "true":
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if crds.folder() is None:
         terminalreporter.write_line(f"tests/manifests: not run without KubeRay's CRDs ({crds.VERSION}). Fetch them: {crds.HOW_TO_FETCH}")
+    if shutil.which("promtool") is None:
+        terminalreporter.write_line("tests/manifests: alerts are not run without promtool (Debian, Ubuntu: apt install prometheus)")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prometheus_client import Counter, Histogram
 from safetensors import SafetensorError, safe_open
 
 from adaptfleet.contracts.artifacts import Manifest
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 log = logging.getLogger(__name__)
+load_seconds = Histogram(
+    "adaptfleet_adapter_load_seconds",
+    "Fetching, checking and loading an adapter that is not in the engine.",
+    buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+evictions_total = Counter("adaptfleet_adapter_evictions_total", "Adapters that left the engine's host memory for others.")
 
 _UNSERVED_MODULES = ("lm_head", "embed_tokens")
 
@@ -44,7 +51,8 @@ class Adapters:
         if reference not in self._loaded:
             async with self._loading[reference]:
                 if reference not in self._loaded:
-                    await self._load(manifest)
+                    with load_seconds.time():
+                        await self._load(manifest)
             self._loading.pop(reference, None)
         request = self._loaded[reference]
         self._loaded.move_to_end(reference)
@@ -67,6 +75,7 @@ class Adapters:
         self._loaded[reference] = request
         while len(self._loaded) > self._max_kept:
             self._loaded.popitem(last=False)
+            evictions_total.inc()
 
     def _fetch(self, manifest: Manifest) -> Path:
         try:

@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.tracking import MlflowSpec, WandbSpec
+from adaptfleet.on_ray.train.cluster_metrics import ClusterMetrics
 
 log = logging.getLogger(__name__)
 INSTALL = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
@@ -52,8 +53,8 @@ def check_trackers(job: FinetuneJob) -> None:
 
 
 def open_trackers(job: FinetuneJob, folder: Path, step: int) -> list[Tracker]:
-    """The trackers that the contract asks for. A resumed run goes on in the runs it began there, after `step`."""
-    trackers: list[Tracker] = []
+    """The cluster's metrics, and what the contract asks for. A resumed run goes on in the runs it began there, after `step`."""
+    trackers: list[Tracker] = [ClusterMetrics(job.run_name(), folder)]
     if job.tracking.tensorboard:
         trackers.append(TensorBoard(folder, step))
     if job.tracking.mlflow is not None:

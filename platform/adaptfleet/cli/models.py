@@ -11,7 +11,9 @@ from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.evaluating import EvaluationRecord
 from adaptfleet.contracts.names import DEFAULT_ALIAS, Reference
 from adaptfleet.store.gate import Requirement, check_requirements
+from adaptfleet.store.index import Listing
 from adaptfleet.store.lineage import Ancestry, ancestry
+from adaptfleet.store.records import AliasSplit
 from adaptfleet.store.registry import Registry
 
 _REFERENCE = "NAME (its alias prod), NAME@3 (version 3) or NAME@canary (an alias)"
@@ -25,6 +27,8 @@ A version never changes; an alias is moved. `NAME` alone means the alias prod of
   adaptfleet models promote address-json@3 --alias canary
   adaptfleet models promote address-json@3 --require 'exact_match>=0.8' --require 'perplexity<1.2'
   adaptfleet models rollback address-json                prod returns to where it pointed before
+  adaptfleet models split address-json 3=95 4=5          a canary: version 4 for five users of a hundred
+  adaptfleet models rollback address-json                ... taken back
   adaptfleet models rm address-json@1"""
 
 
@@ -53,7 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     remove = actions.add_parser("rm", help="remove a version to which no alias points, or a whole name")
     remove.add_argument("reference", metavar="NAME[@VERSION]", help="NAME@3 removes version 3; NAME removes all its versions and aliases")
     remove.add_argument("--yes", action="store_true", help="do not ask before a whole name is removed")
-    for action in (listing, show, promote, rollback, remove):
+    split = actions.add_parser("split", help="let an alias mean several versions by weight (a canary), or give it a shadow")
+    split.add_argument("name", metavar="NAME")
+    split.add_argument(
+        "shares", nargs="*", metavar="VERSION=WEIGHT", help="3=95 4=5: of every hundred users five get version 4, always the same"
+    )
+    split.add_argument("--alias", default=DEFAULT_ALIAS, help="the alias to split (default: %(default)s)")
+    split.add_argument("--shadow", type=int, metavar="VERSION", help="a version that gets copies of requests; its answers go nowhere")
+    split.add_argument("--shadow-percent", type=float, default=100.0, metavar="PERCENT", help="how many are copied (default: %(default)g)")
+    for action in (listing, show, promote, rollback, remove, split):
         action.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -69,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         case "rollback":
             manifest = registry.rollback(args.name, args.alias)
             return _moved(args.name, args.alias, manifest.version, args.json)
+        case "split":
+            return _split(registry, args)
         case "rm":
             return _remove(registry, args.reference, args.yes, args.json)
         case unknown:
@@ -86,6 +100,7 @@ def _list(registry: Registry, kind: ArtifactKind | None, as_json: bool) -> int:
             json.dumps(
                 [
                     {"name": m.name, "kind": m.kind, "base": m.base, "versions": listing.versions, "aliases": dict(listing.aliases)}
+                    | {"splits": {alias: s.model_dump(mode="json", include={"shares", "shadow"}) for alias, s in listing.splits.items()}}
                     | {"metrics": m.metrics, "created_at": m.created_at.isoformat()}
                     for m, listing in rows
                 ],
@@ -103,7 +118,7 @@ def _list(registry: Registry, kind: ArtifactKind | None, as_json: bool) -> int:
                 m.name,
                 m.kind,
                 str(m.version),
-                ", ".join(f"{alias}={version}" for alias, version in listing.aliases.items()) or "-",
+                _aliases(listing),
                 m.base or "-",
                 _method(m),
                 _metrics(m),
@@ -161,6 +176,41 @@ def _promote(registry: Registry, reference: str, alias: str, required: list[str]
     check_requirements(registry, manifest, requirements)
     registry.set_alias(manifest.name, alias, manifest.version)
     return _moved(manifest.name, alias, manifest.version, as_json)
+
+
+def _split(registry: Registry, args: argparse.Namespace) -> int:
+    weights: dict[int, float] = {}
+    wrong = []
+    for text in args.shares:
+        version, equals, weight = text.partition("=")
+        try:
+            if not equals or int(version) in weights:
+                raise ValueError
+            weights[int(version)] = float(weight)
+        except ValueError:
+            wrong.append(repr(text))
+    if wrong:
+        raise ContractError(f"{', '.join(wrong)}: a share is VERSION=WEIGHT, each version once, such as 3=95 4=5.")
+    made = registry.split(args.name, weights, args.alias, args.shadow, args.shadow_percent)
+    if args.json:
+        print(json.dumps({"name": args.name, "alias": args.alias} | made.model_dump(mode="json", include={"shares", "shadow"})))
+        return 0
+    print(f"{args.name}@{args.alias} -> {_split_text(made) or 'its own version'}")
+    return 0
+
+
+def _split_text(split: AliasSplit) -> str:
+    total = sum(share.weight for share in split.shares)
+    parts = [f"version {share.version}: {100 * share.weight / total:.4g}%" for share in split.shares]
+    return ", ".join(parts + ([f"shadow version {split.shadow.version}: {split.shadow.weight:.4g}%"] if split.shadow else []))
+
+
+def _aliases(listing: Listing) -> str:
+    shown = []
+    for alias, version in listing.aliases.items():
+        split = listing.splits.get(alias)
+        shown.append(f"{alias}={version}" + (f" ({_split_text(split)})" if split else ""))
+    return ", ".join(shown) or "-"
 
 
 def _remove(registry: Registry, reference: str, yes: bool, as_json: bool) -> int:

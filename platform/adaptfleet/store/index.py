@@ -6,7 +6,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adaptfleet.contracts.errors import NotFoundError
 from adaptfleet.contracts.names import near
@@ -14,16 +14,18 @@ from adaptfleet.store.objects import Objects
 from adaptfleet.store.records import (
     CHANGES_KEY,
     AliasMove,
+    AliasSplit,
     Publication,
     R,
     alias_key,
     from_bytes,
     index_prefix,
+    split_key,
     version_key,
 )
 
 _VERSION = re.compile(r"index/([^/]+)/(versions|removed)/(\d+)\.json")
-_MOVE = re.compile(r"index/([^/]+)/aliases/([^/]+)/(\d+)\.json")
+_MOVE = re.compile(r"index/([^/]+)/(aliases|splits)/([^/]+)/(\d+)\.json")
 SNAPSHOT_MAX_AGE_S = 30.0
 """A publisher killed between its record and the token is seen at the latest after so long."""
 _KEPT_RECORDS = 20_000
@@ -38,6 +40,8 @@ class Listing:
     aliases: Mapping[str, int]
     last_claimed: int = 0
     """The highest number ever given out, removed versions included."""
+    splits: Mapping[str, AliasSplit] = field(default_factory=dict)
+    """Aliases that mean several versions now, or have a shadow."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class _Keys:
     claimed: frozenset[int]
     removed: frozenset[int]
     moves: Mapping[str, int]
+    splits: Mapping[str, int]
 
 
 class Index:
@@ -54,14 +59,14 @@ class Index:
 
     def __init__(self, objects: Objects):
         self._objects = objects
-        self._records: dict[str, AliasMove | Publication] = {}
+        self._records: dict[str, AliasMove | AliasSplit | Publication] = {}
         self._snapshot: tuple[bytes | None, float, dict[str, Listing]] | None = None
         self._lock = threading.Lock()
 
     def listing(self, name: str) -> Listing:
         """The name as it stands now: one listing request, and a read for each alias moved since the last time."""
         keys = _keys(info.key for info in self._objects.list(index_prefix(name)))
-        return self._listing(name, keys.get(name, _Keys(frozenset(), frozenset(), {})))
+        return self._listing(name, keys.get(name, _Keys(frozenset(), frozenset(), {}, {})))
 
     def snapshot(self) -> Mapping[str, Listing]:
         """Every name that has a version. While nothing changes this reads one small object, so that it may be polled."""
@@ -94,6 +99,11 @@ class Index:
         number = keys[name].moves.get(alias, 0) if name in keys else 0
         return number, self._record(AliasMove, alias_key(name, alias, number)) if number else None
 
+    def split(self, name: str, alias: str) -> int:
+        """The number of the alias's latest split; 0 where it never had one."""
+        keys = _keys(info.key for info in self._objects.list(f"{index_prefix(name)}/splits/{alias}"))
+        return keys[name].splits.get(alias, 0) if name in keys else 0
+
     def missing(self, name: str) -> NotFoundError:
         known = list(self.snapshot())
         listed = f" Published: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}." if known else " Nothing is published yet."
@@ -101,13 +111,18 @@ class Index:
 
     def _listing(self, name: str, keys: _Keys) -> Listing:
         aliases: dict[str, int] = {}
+        splits: dict[str, AliasSplit] = {}
         for alias, number in sorted(keys.moves.items()):
             move = self._record(AliasMove, alias_key(name, alias, number))
-            if move is not None and move.version is not None:
-                aliases[alias] = move.version
+            if move is None or move.version is None:
+                continue
+            aliases[alias] = move.version
+            split = self._record(AliasSplit, split_key(name, alias, keys.splits[alias])) if alias in keys.splits else None
+            if split is not None and split.on_move == move.move and split.versions:
+                splits[alias] = split
         # A listing is no snapshot: an alias seen at its end may point to a version claimed after the listing had passed the versions.
         claimed = keys.claimed | frozenset(aliases.values())
-        return Listing(name, tuple(sorted(claimed - keys.removed)), aliases, max(claimed | keys.removed, default=0))
+        return Listing(name, tuple(sorted(claimed - keys.removed)), aliases, max(claimed | keys.removed, default=0), splits)
 
     def _record(self, kind: type[R], key: str) -> R | None:
         with self._lock:
@@ -118,7 +133,7 @@ class Index:
         if content is None:
             return None
         record = from_bytes(kind, key, content)
-        if isinstance(record, (AliasMove, Publication)):
+        if isinstance(record, (AliasMove, AliasSplit, Publication)):
             with self._lock:
                 if len(self._records) >= _KEPT_RECORDS:
                     self._records.clear()
@@ -131,10 +146,12 @@ def _keys(paths: Iterable[str]) -> dict[str, _Keys]:
     claimed: dict[str, set[int]] = defaultdict(set)
     removed: dict[str, set[int]] = defaultdict(set)
     moves: dict[str, dict[str, int]] = defaultdict(dict)
+    splits: dict[str, dict[str, int]] = defaultdict(dict)
     for path in paths:
         if match := _VERSION.fullmatch(path):
             (claimed if match[2] == "versions" else removed)[match[1]].add(int(match[3]))
         elif match := _MOVE.fullmatch(path):
-            moves[match[1]][match[2]] = max(moves[match[1]].get(match[2], 0), int(match[3]))
-    names = claimed.keys() | removed.keys() | moves.keys()
-    return {name: _Keys(frozenset(claimed[name]), frozenset(removed[name]), moves[name]) for name in names}
+            latest = (moves if match[2] == "aliases" else splits)[match[1]]
+            latest[match[3]] = max(latest.get(match[3], 0), int(match[4]))
+    names = claimed.keys() | removed.keys() | moves.keys() | splits.keys()
+    return {name: _Keys(frozenset(claimed[name]), frozenset(removed[name]), moves[name], splits[name]) for name in names}

@@ -3,6 +3,7 @@
 index/NAME/versions/000001.json        a Publication: creating this record is the act of publishing, and claims the number for ever
 index/NAME/removed/000001.json         marks the version as removed
 index/NAME/aliases/ALIAS/000001.json   an AliasMove: the highest number is where the alias points now
+index/NAME/splits/ALIAS/000001.json    an AliasSplit: the highest number holds as long as the alias has not moved since
 evaluations/NAME/000001/000001.json    an EvaluationRecord of version 1; outside the index, which is listed often
 content/NAME/UPLOAD/PATH               the files of one publication, written before its record
 changes                                a token replaced after every change, which tells a polling reader to look again
@@ -41,6 +42,29 @@ class AliasMove(Spec):
     """A unique token, by which a writer whose answer was lost on the wire knows its own move again."""
 
 
+class Share(Spec):
+    version: Annotated[int, Field(ge=1)]
+    weight: Annotated[float, Field(gt=0)]
+
+
+class AliasSplit(Spec):
+    """An alias that means several versions at once. Beside the alias's log, so that a reader who knows no splits sees the alias alone."""
+
+    on_move: str
+    """The token of the move it was made on. Any later move of the alias, by whomever, ends the split."""
+    shares: tuple[Share, ...] = Field(default=(), strict=False)
+    """Of requests, by weight; the alias's own version among them. Empty: all to the alias's own version."""
+    shadow: Share | None = None
+    """A version that gets copies of so many percent of the requests; its answers go nowhere."""
+    made_at: datetime
+    split: str
+    """A unique token, by which a writer knows its own split again; users are dealt out anew for each alias, not for each split."""
+
+    @property
+    def versions(self) -> set[int]:
+        return {share.version for share in self.shares} | ({self.shadow.version} if self.shadow else set())
+
+
 class Removal(Spec):
     removed_at: datetime
 
@@ -55,6 +79,10 @@ def removed_key(name: str, version: int) -> str:
 
 def alias_key(name: str, alias: str, number: int) -> str:
     return f"{INDEX}/{check_name(name)}/aliases/{check_name(alias)}/{number:06d}.json"
+
+
+def split_key(name: str, alias: str, number: int) -> str:
+    return f"{INDEX}/{check_name(name)}/splits/{check_name(alias)}/{number:06d}.json"
 
 
 def index_prefix(name: str | None = None) -> str:

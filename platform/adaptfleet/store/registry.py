@@ -16,7 +16,8 @@ from adaptfleet.store.content import discard, discard_abandoned, publishable_fil
 from adaptfleet.store.evaluations import add_evaluation, read_evaluations
 from adaptfleet.store.index import Index, Listing
 from adaptfleet.store.objects import Objects
-from adaptfleet.store.records import AliasMove, Publication, Removal, removed_key, to_bytes, version_key
+from adaptfleet.store.records import AliasMove, AliasSplit, Publication, Removal, removed_key, to_bytes, version_key
+from adaptfleet.store.splits import end_split, split_alias
 
 
 class Registry:
@@ -143,9 +144,32 @@ class Registry:
         """Points the alias at a version. Readers see the old or the new target, nothing between."""
         self.resolve(Reference(check_name(name), version=version))
         self._move(name, check_alias(alias), forward(version))
+        if alias in self._index.listing(name).splits:  # it pointed there already, for a part of the requests
+            end_split(self._objects, self._index, name, alias)
+            self._index.announce()
+
+    def split(
+        self, name: str, weights: Mapping[int, float], alias: str = DEFAULT_ALIAS, shadow: int | None = None, shadow_percent: float = 100.0
+    ) -> AliasSplit:
+        """Lets the alias mean several versions by weight, and a shadow version get copies. Ends with the next move of the alias."""
+        split = split_alias(self._objects, self._index, check_name(name), check_alias(alias), weights, shadow, shadow_percent)
+        gone = split.versions - set(self._index.listing(name).versions)
+        if gone:
+            end_split(self._objects, self._index, name, alias)
+            raise NotFoundError(f"{name}@{min(gone)} was removed while {alias} was split; {alias} stays where it was.")
+        self._index.announce()
+        return split
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS) -> Manifest:
-        """Returns the alias to where it pointed before, passing over removed versions; again and again goes further back."""
+        """Returns the alias to where it pointed before, passing over removed versions; again and again goes further back.
+
+        Where the alias is split, that is its own version alone: the split ends, and nothing else moves.
+        """
+        listing = self._index.listing(check_name(name))
+        if check_alias(alias) in listing.splits:
+            end_split(self._objects, self._index, name, alias)
+            self._index.announce()
+            return self.manifest(name, listing.aliases[alias])
 
         def back(now: AliasMove | None) -> Step | None:
             listing = self._index.listing(name)
@@ -197,7 +221,12 @@ class Registry:
         discard(self._objects, name, self._index.publication(name, version).upload)
 
     def _refuse_aliased(self, name: str, version: int) -> None:
-        aliases = [alias for alias, number in self._index.listing(name).aliases.items() if number == version]
+        listing = self._index.listing(name)
+        aliases = [
+            alias
+            for alias, number in listing.aliases.items()
+            if number == version or (alias in listing.splits and version in listing.splits[alias].versions)
+        ]
         if aliases:
             raise StoreError(
                 f"{name}@{version} is not removed: {', '.join(aliases)} points to it. "

@@ -17,7 +17,7 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
-for _name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "ADAPTFLEET_STORE", "ADAPTFLEET_API_KEYS", "OMP_NUM_THREADS"):
+for _name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "ADAPTFLEET_STORE", "ADAPTFLEET_API_KEYS", "ADAPTFLEET_TENANTS", "OMP_NUM_THREADS"):
     os.environ.pop(_name, None)
 # No test may write to the home of whoever runs it; each fixture below sets a home of its own over this one.
 os.environ["ADAPTFLEET_HOME"] = str(TEST_HOME)

@@ -36,7 +36,7 @@ def test_serve_submit_stop(fresh_home: Path, tmp_path: Path) -> None:
     try:
         served = _adaptfleet(*words)
         assert served.returncode == 0, served.stderr
-        key = (fresh_home / "api-keys").read_text().strip().partition(":")[2]
+        key = (fresh_home / "client-key").read_text().strip()
         assert str(fresh_home / "api-keys") in served.stdout and key not in served.stdout + served.stderr
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/models", headers={"Authorization": f"Bearer {key}"})
         with urllib.request.urlopen(request, timeout=60) as reply:

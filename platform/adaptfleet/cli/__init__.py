@@ -22,6 +22,8 @@ COMMANDS: dict[str, str] = {
     "models": "what is published: list, show, promote, rollback, rm",
     "promote": "point an alias at a version (short for `models promote`)",
     "rollback": "return an alias to where it pointed before (short for `models rollback`)",
+    "top": "the endpoint's engine, models and tenants, live in a terminal",
+    "keys": "API keys of tenants: add, list, rotate, revoke",
     "serve": "run the OpenAI-compatible endpoint here",
     "stop": "stop what `serve` started, and nothing else",
     "dev": "an elastic cluster on this machine from Kubernetes manifests: up, status, apply, lose, down",

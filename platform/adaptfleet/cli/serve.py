@@ -72,14 +72,12 @@ def _say_how_to_use(url: str, spec: ServingSpec) -> None:
     print(f"\nThe endpoint answers at {url}/v1")
     header, key = "", '"none"'
     if spec.auth == "api-key":
-        from adaptfleet.on_ray.serve.api_keys import ensure_keys
+        from adaptfleet.on_ray.serve.key_file import client_key_file, ensure_keys
 
         where = ensure_keys()
-        print(f"API keys (tenant:key): {where}")
-        file = Path(where)
-        if file.is_file():
-            shell = f'"$(head -n 1 {file} | cut -d: -f2-)"'
-            print(f"  export OPENAI_API_KEY={shell}")
+        print(f"API keys, by their hashes: {where}; `adaptfleet keys` adds, rotates and revokes them")
+        if Path(where).is_file() and client_key_file().is_file():
+            print(f'  export OPENAI_API_KEY="$(cat {client_key_file()})"')
         header, key = ' -H "Authorization: Bearer $OPENAI_API_KEY"', 'os.environ["OPENAI_API_KEY"]'
     print(
         f"""

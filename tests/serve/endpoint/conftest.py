@@ -1,20 +1,24 @@
 """One whole endpoint for all tests of this folder: a private Ray cluster, Serve, the door and a real engine."""
 
+import gzip
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from adaptfleet.contracts.artifacts import Draft, Manifest
 from adaptfleet.contracts.model import ModelSpec
-from adaptfleet.contracts.serving import ServingSpec
+from adaptfleet.contracts.serving import EmbeddingsSpec, ServingSpec
 from tests.serve.tiny_llama import make_adapter, make_base
 
 MAX_LEN = 256
@@ -60,11 +64,77 @@ class Endpoint:
             time.sleep(0.05)
 
 
+class Collector:
+    """An OpenTelemetry collector: takes spans over HTTP and keeps them."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, Any]] = []
+        """The service's name and the span."""
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    body = gzip.decompress(body)
+                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                    names = {attribute.key: attribute.value.string_value for attribute in resource.resource.attributes}
+                    collector.spans += [(names.get("service.name", ""), span) for scope in resource.scope_spans for span in scope.spans]
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                return
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1/traces"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
 @pytest.fixture(scope="package")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    yield made
+    made.close()
+
+
+class Tenants:
+    """Keys and policies of the endpoint, as an operator edits them while it runs."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def key(self, tenant: str, **kwargs: Any) -> str:
+        from adaptfleet.on_ray.serve.key_file import add_key
+
+        return add_key(tenant, **kwargs)[0]
+
+    def policies(self, text: str) -> None:
+        """In force when this returns: the endpoint looks every second."""
+        from adaptfleet.on_ray.serve.policy_file import policy_file
+
+        whole = policy_file().with_name("new-tenants.yaml")
+        whole.write_text(text)
+        whole.replace(policy_file())
+        time.sleep(1.6)
+
+
+@pytest.fixture
+def tenants(endpoint: Endpoint) -> Iterator[Tenants]:
+    made = Tenants(endpoint)
+    yield made
+    made.policies("{}")
+
+
+@pytest.fixture(scope="package")
+def endpoint(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Endpoint]:
     root = tmp_path_factory.mktemp("endpoint")
     before = dict(os.environ)
-    for name in ("ADAPTFLEET_STORE", "ADAPTFLEET_API_KEYS", "OMP_NUM_THREADS"):
+    for name in ("ADAPTFLEET_STORE", "ADAPTFLEET_API_KEYS", "ADAPTFLEET_TENANTS", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
     os.environ["ADAPTFLEET_HOME"] = str(root / "home")
     import ray
@@ -84,6 +154,9 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         max_model_len=MAX_LEN,
         max_request_bytes=MAX_BYTES,
         cpus_per_replica=1,
+        embeddings=EmbeddingsSpec(),
+        traces_endpoint=collector.url,
+        engine_args={"enable_auto_tool_choice": True, "tool_call_parser": "hermes"},
     )
     try:
         with LocalCluster.start(num_cpus=2, logs_to=root / "logs") as cluster:

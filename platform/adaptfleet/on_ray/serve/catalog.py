@@ -1,7 +1,9 @@
 """Which model ids are served now: the base, and the registry's adapters of this base.
 
-An id is the base's own, or `name`, `name@3`, `name@canary`, each also as `base:name...`. It is looked up at each request in a view of the
-registry at most `VIEW_AGE_S` old: a newly published or promoted adapter needs no restart.
+An id is the base's own, or `name`, `name@3`, `name@canary`, each also as `base:name...`, or a further name that stands for one of these. It
+is looked up at each request in a view of the registry at most `VIEW_AGE_S` old: a newly published or promoted adapter needs no restart.
+
+What a caller may not see is answered exactly as what does not exist, near matches and lists of names included.
 """
 
 import asyncio
@@ -13,8 +15,11 @@ from dataclasses import dataclass
 from adaptfleet.contracts.artifacts import Manifest
 from adaptfleet.contracts.errors import ContractError, NotFoundError, StoreError
 from adaptfleet.contracts.names import DEFAULT_ALIAS, Reference, near
+from adaptfleet.on_ray.serve.canary import is_shadowed, version_for
 from adaptfleet.on_ray.serve.refusal import RefusalError, unfit_adapter, unknown_model
+from adaptfleet.on_ray.serve.viewer import EVERYBODY, Viewer
 from adaptfleet.store.index import Listing
+from adaptfleet.store.records import AliasSplit
 from adaptfleet.store.registry import Registry
 
 VIEW_AGE_S = 0.25
@@ -32,6 +37,8 @@ class Served:
     canonical: str
     """`name@version`, or the base's id: unique for these weights, so that caches and metrics never mix two versions."""
     adapter: Manifest | None
+    shadow: Manifest | None = None
+    """A version that shall get a copy of the request, whose answer goes nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,35 +60,64 @@ class Catalog:
         self._view_until = 0.0
         self._refreshing = asyncio.Lock()
 
-    async def find(self, model: object) -> Served:
+    async def find(self, model: object, viewer: Viewer = EVERYBODY) -> Served:
         """What answers to this id now. RefusalError: 404 with near matches, or 400 where the artifact is not an adapter of this base."""
-        if model is None or model == self.base_id:
-            return Served(self.base_id, self.base_id, None)
+        if model is None:
+            model = self.base_id
         if not isinstance(model, str):
             raise RefusalError(400, f"model is a {type(model).__name__}; it is a string such as {self.base_id!r}.", "invalid_type", "model")
         shown = model if len(model) <= _SHOWN_CHARS else model[:_SHOWN_CHARS] + "..."
+        meant = viewer.aliases.get(model, model)
+        if meant == self.base_id:
+            if not viewer.may_see(self.base_id):
+                raise unknown_model(await self._unknown(shown, viewer))
+            return Served(model, self.base_id, None)
         try:
-            reference = Reference.parse(model.removeprefix(f"{self.base_id}:"))
+            reference = Reference.parse(meant.removeprefix(f"{self.base_id}:"))
         except ContractError:
-            raise unknown_model(await self._unknown(shown)) from None
+            raise unknown_model(await self._unknown(shown, viewer)) from None
+        if not viewer.may_see(reference.name):
+            raise unknown_model(await self._unknown(shown, viewer))
         listing = (await self._listings()).get(reference.name)
-        version = None if listing is None else (reference.version or listing.aliases.get(reference.alias or DEFAULT_ALIAS))
+        alias = reference.alias or DEFAULT_ALIAS
+        version = None if listing is None else (reference.version or listing.aliases.get(alias))
         if listing is None or version not in listing.versions:
-            raise unknown_model(await self._unknown(shown))
-        try:
-            manifest = await asyncio.to_thread(self._registry.manifest, reference.name, version)
-        except NotFoundError:
-            raise unknown_model(await self._unknown(shown)) from None
-        except StoreError as error:
-            log.error("the record of %s@%s cannot be read: %s", reference.name, version, error)
-            raise RefusalError(503, f"The record of {shown!r} cannot be read from the store now. Try again.", "store_unavailable") from None
+            raise unknown_model(await self._unknown(shown, viewer))
+        split = None if reference.version else listing.splits.get(alias)
+        if split is not None and split.shares:
+            version = version_for(split, reference.name, alias, viewer.user)
+        manifest = await self._manifest(reference.name, version, shown, viewer)
         self._check(manifest)
-        return Served(model, manifest.reference, manifest)
+        shadow = None
+        if split is not None and split.shadow is not None and is_shadowed(split, viewer.request_id):
+            shadow = await self._shadow(reference.name, split.shadow.version)
+        return Served(model, manifest.reference, manifest, shadow)
 
-    async def cards(self) -> list[Card]:
-        """The base, and every published adapter of it by `name` (its alias prod), `name@alias` and `name@version`."""
-        cards = [Card(self.base_id, int(time.time()))]
+    async def _manifest(self, name: str, version: int, shown: str, viewer: Viewer) -> Manifest:
+        try:
+            return await asyncio.to_thread(self._registry.manifest, name, version)
+        except NotFoundError:
+            raise unknown_model(await self._unknown(shown, viewer)) from None
+        except StoreError as error:
+            log.error("the record of %s@%s cannot be read: %s", name, version, error)
+            raise RefusalError(503, f"The record of {shown!r} cannot be read from the store now. Try again.", "store_unavailable") from None
+
+    async def _shadow(self, name: str, version: int) -> Manifest | None:
+        """What is wrong with a shadow never touches the request itself."""
+        try:
+            manifest = await asyncio.to_thread(self._registry.manifest, name, version)
+            self._check(manifest)
+            return manifest
+        except (StoreError, RefusalError) as error:
+            log.warning("the shadow %s@%s gets no copies: %s", name, version, error)
+            return None
+
+    async def cards(self, viewer: Viewer = EVERYBODY) -> list[Card]:
+        """The base, its published adapters by `name` (the alias prod), `name@alias` and `name@version`, and further names of these."""
+        cards = [Card(self.base_id, int(time.time()))] if viewer.may_see(self.base_id) else []
         for name, listing in (await self._listings()).items():
+            if not viewer.may_see(name):
+                continue
             manifests: dict[int, Manifest] = {}
             for version in listing.versions:
                 try:
@@ -96,7 +132,18 @@ class Catalog:
                     known_as = name if alias == DEFAULT_ALIAS else f"{name}@{alias}"
                     cards.append(Card(known_as, int(manifests[version].created_at.timestamp())))
             cards += [Card(manifest.reference, int(manifest.created_at.timestamp())) for manifest in manifests.values()]
-        return cards
+        known = {card.id: card for card in cards}
+        further = [(name, meant.removeprefix(f"{self.base_id}:")) for name, meant in viewer.aliases.items() if name not in known]
+        return cards + [Card(name, known[meant].created) for name, meant in further if meant in known]
+
+    async def splits(self, viewer: Viewer = EVERYBODY) -> dict[str, AliasSplit]:
+        """Split aliases by the ids they are known as."""
+        return {
+            name if alias == DEFAULT_ALIAS else f"{name}@{alias}": split
+            for name, listing in (await self._listings()).items()
+            if viewer.may_see(name)
+            for alias, split in listing.splits.items()
+        }
 
     def _check(self, manifest: Manifest) -> None:
         if manifest.kind != "adapter":
@@ -111,8 +158,8 @@ class Catalog:
                 "wrong_base",
             )
 
-    async def _unknown(self, shown: str) -> str:
-        known = [card.id for card in await self.cards()]
+    async def _unknown(self, shown: str, viewer: Viewer) -> str:
+        known = [card.id for card in await self.cards(viewer)]
         listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
         return f"The model {shown!r} does not exist.{near(shown.removeprefix(f'{self.base_id}:'), known)} Served: {listed}."
 

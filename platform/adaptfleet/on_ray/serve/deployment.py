@@ -11,6 +11,7 @@ from ray.serve import Application
 
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.serving import ServingSpec
+from adaptfleet.on_ray.serve.embedding import embedder
 from adaptfleet.on_ray.serve.engine import argv
 
 APPLICATION = "adaptfleet"
@@ -25,13 +26,14 @@ log = logging.getLogger("ray.serve")
 class Endpoint:
     """Serve asks for the ASGI application after `__init__` (`__serve_build_asgi_app__`, Ray 2.60)."""
 
-    async def __init__(self, spec: ServingSpec, num_cpus: int) -> None:  # type: ignore[misc]
+    async def __init__(self, spec: ServingSpec, num_cpus: int, embedder: Any = None) -> None:  # type: ignore[misc]
         from adaptfleet.core.models.device import device, model_dtype
         from adaptfleet.core.models.loading import base_revision, resolve_model_folder
         from adaptfleet.on_ray.published_models import at_hand
         from adaptfleet.on_ray.serve.engine import parse, set_environment, start_engine
 
         self._spec = spec
+        self._embedder = embedder
         self._folder = folder = await asyncio.to_thread(lambda: resolve_model_folder(at_hand(spec.model)))
         self._revision = await asyncio.to_thread(base_revision, folder)
         set_environment(spec, num_cpus, device().type)
@@ -43,9 +45,14 @@ class Endpoint:
         from adaptfleet.on_ray.published_models import adapters_taken
         from adaptfleet.on_ray.serve.adapters import Adapters
         from adaptfleet.on_ray.serve.api_keys import ApiKeys, ensure_keys
+        from adaptfleet.on_ray.serve.beside import put_beside
         from adaptfleet.on_ray.serve.catalog import Catalog
         from adaptfleet.on_ray.serve.door import Door
         from adaptfleet.on_ray.serve.engine import application
+        from adaptfleet.on_ray.serve.metered_engine import meter
+        from adaptfleet.on_ray.serve.policy_file import PolicyFile
+        from adaptfleet.on_ray.serve.tenancy import Tenancy
+        from adaptfleet.on_ray.serve.tracing import Traces
         from adaptfleet.store.registry import Registry
 
         spec = self._spec
@@ -58,8 +65,14 @@ class Endpoint:
         if spec.auth == "api-key":
             log.info("API keys: %s", ensure_keys())
             keys = ApiKeys()
+        tenancy = Tenancy(keys, PolicyFile(), max(256, 4 * spec.max_num_seqs))
+        meter(self._engine)
         app = await application(self._engine, self._arguments, catalog)
-        return Door(app, catalog, adapters, keys, spec.max_request_bytes, lambda: not self._engine.errored)
+        traces = Traces(spec.traces_endpoint) if spec.traces_endpoint else None
+        door = Door(app, catalog, adapters, tenancy, spec.max_request_bytes, lambda: not self._engine.errored, traces)
+        door.embedder = self._embedder
+        put_beside(door, spec, tenancy, catalog)
+        return door
 
     async def check_health(self) -> None:
         await self._engine.check_health()
@@ -91,12 +104,12 @@ def build(spec: ServingSpec) -> Application:
     # The engine queues and batches by itself: Serve is to hand it everything.
     return Endpoint.options(  # type: ignore[attr-defined]
         ray_actor_options=options, max_ongoing_requests=max(256, 4 * spec.max_num_seqs)
-    ).bind(spec, num_cpus)
+    ).bind(spec, num_cpus, embedder(spec, _places()) if spec.embeddings else None)
 
 
 def _places() -> dict[str, str]:
     """Where the home and the store are, as this process knows it. Keys and credentials come from the cluster's own environment."""
-    return {name: os.environ[name] for name in ("ADAPTFLEET_HOME", "ADAPTFLEET_STORE") if os.environ.get(name)}
+    return {name: os.environ[name] for name in ("ADAPTFLEET_HOME", "ADAPTFLEET_STORE", "ADAPTFLEET_TENANTS") if os.environ.get(name)}
 
 
 def _gpus(spec: ServingSpec) -> int:

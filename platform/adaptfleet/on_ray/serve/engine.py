@@ -33,6 +33,7 @@ _OURS = {
     "api_key",
     "lora_modules",
     "middleware",
+    "scheduling_policy",
 }
 """What the spec's own keys or the door decide, so that `engine_args` may not."""
 
@@ -49,6 +50,9 @@ def set_environment(spec: ServingSpec, num_cpus: int, device_type: str) -> None:
         "VLLM_SERVER_DEV_MODE": "0",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
+    if spec.traces_endpoint:
+        is_http = spec.traces_endpoint.rstrip("/").endswith("/v1/traces")
+        settings["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = "http/protobuf" if is_http else "grpc"
     if device_type == "cpu":
         settings |= {
             "VLLM_CPU_KVCACHE_SPACE": str(spec.kv_cache_gib),
@@ -75,7 +79,11 @@ def argv(spec: ServingSpec, folder: Path, dtype: str) -> list[str]:
         "trust_remote_code": spec.model.trust_remote_code,
         "disable_log_stats": False,
         "disable_fastapi_docs": True,
+        # The door numbers requests: by class, and by fair shares within one (fair_order).
+        "scheduling_policy": "priority",
     }
+    if spec.traces_endpoint:
+        flags["otlp_traces_endpoint"] = spec.traces_endpoint
     given = {key.replace("-", "_").lstrip("_"): value for key, value in spec.engine_args.items()}
     clashes = sorted(set(given) & _OURS)
     if clashes:

@@ -16,6 +16,16 @@ request_duration_seconds = Histogram(
 time_to_first_token_seconds = Histogram(
     "adaptfleet_time_to_first_token_seconds", "From the request's first byte to a streamed answer's first.", _LABELS, buckets=_SECONDS
 )
+tokens_total = Counter(
+    "adaptfleet_tokens_total", "Tokens of prompts and of answers, as the engine counts them.", ("model", "tenant", "kind")
+)
+
+
+def count_tokens(model: str, tenant: str, prompt_tokens: int, output_tokens: int) -> None:
+    if prompt_tokens:
+        tokens_total.labels(model, tenant, "prompt").inc(prompt_tokens)
+    if output_tokens:
+        tokens_total.labels(model, tenant, "output").inc(output_tokens)
 
 
 def observe(model: str, tenant: str, code: int, duration_s: float, first_token_s: float | None) -> None:

@@ -4,21 +4,24 @@ import json
 
 from adaptfleet.contracts.errors import ServingError
 
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
 
 class RefusalError(ServingError):
     """An answer with an error status, raised anywhere before vLLM has the request."""
 
-    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
-        super().__init__(status, message, code, param)
+    def __init__(self, status: int, message: str, code: str, param: str | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(status, message, code, param, retry_after_s)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
+        self.retry_after_s = retry_after_s
 
     def body(self) -> bytes:
-        kind = {401: "authentication_error", 404: "not_found_error"}.get(
-            self.status, "invalid_request_error" if self.status < 500 else "server_error"
-        )
+        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        if self.code == "insufficient_quota":
+            kind = "insufficient_quota"
         return json.dumps({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}).encode()
 
 

@@ -14,6 +14,7 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPe
 from vllm.lora.request import LoRARequest
 
 from adaptfleet.on_ray.serve.catalog import Catalog
+from adaptfleet.on_ray.serve.viewer import viewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,6 @@ class ServedModels(OpenAIServingModels):  # type: ignore[misc, unused-ignore]
                     max_model_len=self.model_config.max_model_len,
                     permission=[ModelPermission()],
                 )
-                for card in await self.catalog.cards()
+                for card in await self.catalog.cards(viewer.get())
             ]
         )

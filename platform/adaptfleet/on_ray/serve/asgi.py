@@ -1,0 +1,70 @@
+"""The few pieces of ASGI that the door and what stands beside it share: reading a body within bounds, replaying it, answering."""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from adaptfleet.on_ray.serve.refusal import RefusalError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = Mapping[bytes, str]
+_PAGES_MAY = b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'"
+
+
+class ClientGoneError(Exception):
+    pass
+
+
+async def read_body(headers: Headers, receive: Receive, allowed: int) -> bytes:
+    """RefusalError: 413, before more than `allowed` bytes are held."""
+    length = headers.get(b"content-length", "")
+    if length.isdecimal() and int(length) > allowed:
+        raise _too_large(f"{int(length)} bytes", allowed)
+    parts: list[bytes] = []
+    num_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        parts.append(message.get("body", b""))
+        num_bytes += len(parts[-1])
+        if num_bytes > allowed:
+            raise _too_large(f"more than {allowed} bytes", allowed)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """RefusalError: 400."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RefusalError(400, f"The request's body is no JSON: {reason}.", "invalid_json") from None
+    if not isinstance(request, dict):
+        raise RefusalError(400, f"The request's body is a JSON {type(request).__name__}; it is an object.", "invalid_json")
+    return request
+
+
+async def answer(send: Send, status: int, body: bytes, content_type: bytes = b"application/json", retry_after_s: int | None = None) -> None:
+    headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if retry_after_s is not None:
+        headers.append((b"retry-after", str(retry_after_s).encode()))
+    if content_type.startswith(b"text/"):
+        headers += [(b"content-security-policy", _PAGES_MAY), (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def refuse(send: Send, refusal: RefusalError) -> None:
+    await answer(send, refusal.status, refusal.body(), retry_after_s=refusal.retry_after_s)
+
+
+def _too_large(size: str, allowed: int) -> RefusalError:
+    return RefusalError(413, f"The request's body has {size}; {allowed} are allowed (max_request_bytes).", "request_too_large")

@@ -34,7 +34,7 @@ from adaptfleet.on_ray.serve.metrics import count_tokens, observe
 from adaptfleet.on_ray.serve.refusal import RefusalError
 from adaptfleet.on_ray.serve.served_models import Current, current
 from adaptfleet.on_ray.serve.shadow import Shadows
-from adaptfleet.on_ray.serve.tenancy import NO_TENANT, Tenancy
+from adaptfleet.on_ray.serve.tenancy import Tenancy
 from adaptfleet.on_ray.serve.tracing import Traces
 from adaptfleet.on_ray.serve.viewer import Viewer, viewer
 
@@ -284,7 +284,7 @@ class _Call:
 
     @property
     def tenant(self) -> str:
-        return NO_TENANT if self.caller is None else self.caller.tenant
+        return "unknown" if self.caller is None else self.caller.tenant
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

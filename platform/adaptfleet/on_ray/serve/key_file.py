@@ -112,7 +112,7 @@ def ensure_keys() -> str:
                 record = _record(FIRST_TENANT, key, ("*",), None, "made at the first start")
                 _write_private(client_key_file(), f"{key}\n")
                 _write([_Line(record.model_dump_json(), record)])
-    if not _read():
+    if not any(line.record for line in _read()):
         raise ServingError(f"{keys_file()}: no key in it. Run: adaptfleet keys add {FIRST_TENANT} --save")
     return str(keys_file())
 

@@ -25,8 +25,8 @@ def _of(status: dict[str, Any], tenant: str) -> dict[str, Any]:
 def test_what_another_owns_does_not_exist(endpoint: Endpoint, tenants: Tenants) -> None:
     endpoint.publish("acme-secret", endpoint.adapter("acme-secret", seed=61))
     acme, beta, other = tenants.key("acme"), tenants.key("beta"), tenants.key("other")
-    tenants.policies(PRIVATE)
     endpoint.wait_for("acme-secret")
+    tenants.policies(PRIVATE)
     assert endpoint.post(key=acme, model="acme-secret", prompt="x", max_tokens=1).status_code == 200
     for key in (beta, other, endpoint.key):
         replies = {

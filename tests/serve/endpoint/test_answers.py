@@ -162,8 +162,9 @@ def test_metrics_by_model_tenant_and_code(endpoint: Endpoint) -> None:
 
 
 def test_the_key_file_is_private_and_the_key_is_nowhere_else(endpoint: Endpoint) -> None:
-    file = endpoint.root / "home" / "api-keys"
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file = endpoint.root / "home" / "client-key"
+    for private in (file, file.with_name("api-keys")):
+        assert stat.S_IMODE(private.stat().st_mode) == 0o600
     copies = [path for path in endpoint.root.rglob("*") if path.is_file() and path != file and endpoint.key.encode() in path.read_bytes()]
     assert not copies
 

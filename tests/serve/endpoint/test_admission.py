@@ -1,6 +1,6 @@
 """Tenants at the real endpoint: who may name what, and who may ask how much."""
 
-import concurrent.futures
+import asyncio
 import json
 import time
 from typing import Any
@@ -118,7 +118,7 @@ def test_a_client_that_hangs_up_on_a_whole_answer_ends_its_generation(endpoint: 
         time.sleep(0.05)
     used = _of(_status(endpoint, key), "impatient")
     assert used["in_flight"] == 0
-    assert used["tokens_today"] < 60 * 240
+    assert 0 < used["tokens_today"] < 60 * 240
     deadline = time.monotonic() + 30
     while _status(endpoint, endpoint.key)["engine"]["requests running"] and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -126,7 +126,7 @@ def test_a_client_that_hangs_up_on_a_whole_answer_ends_its_generation(endpoint: 
 
 
 def test_bounds_of_size_length_and_time(endpoint: Endpoint, tenants: Tenants) -> None:
-    key = tenants.key("bound")
+    key, brief = tenants.key("bound"), tenants.key("brief")
     limits = "max_request_bytes: 600, max_output_tokens: 10, max_context_tokens: 40, max_request_s: 30"
     tenants.policies(f"tenants: {{bound: {{{limits}}}, brief: {{max_request_s: 0.001}}}}")
     assert endpoint.post(key=key, model="tiny", prompt="x" * 700).status_code == 413
@@ -139,7 +139,7 @@ def test_bounds_of_size_length_and_time(endpoint: Endpoint, tenants: Tenants) ->
     long = endpoint.post(key=key, model="tiny", prompt="x" * 41, max_tokens=1)
     assert long.status_code == 400
     assert "max_context_tokens" in long.json()["error"]["message"]
-    late = endpoint.post(key=tenants.key("brief"), model="tiny", prompt="x", max_tokens=100, ignore_eos=True)
+    late = endpoint.post(key=brief, model="tiny", prompt="x", max_tokens=100, ignore_eos=True)
     assert (late.status_code, late.json()["error"]["code"]) == (408, "request_timeout")
     assert endpoint.answer("tiny", num_tokens=MAX_LEN // 2)
 
@@ -172,24 +172,25 @@ def test_switched_off_expired_revoked(endpoint: Endpoint, tenants: Tenants) -> N
 
 def test_a_flood_of_one_tenant_does_not_hold_up_another(endpoint: Endpoint, tenants: Tenants) -> None:
     """Far more than a batch holds waits in the engine's queue; the late, small tenant is not behind it."""
-    flood, small = tenants.key("flood"), tenants.key("small")
+    keys = {tenant: tenants.key(tenant) for tenant in ("flood", "small")}
     time.sleep(1.6)
-    body = {"model": "tiny", "max_tokens": 60, "ignore_eos": True, "n": 4}
-    done: list[tuple[str, float]] = []
+    order: list[str] = []
 
-    def ask(tenant: str, key: str, i: int) -> None:
-        assert endpoint.post(key=key, prompt=f"{tenant} {i}", **body).status_code == 200
-        done.append((tenant, time.monotonic()))
+    async def ask(client: httpx.AsyncClient, tenant: str, i: int) -> None:
+        body = {"model": "tiny", "prompt": f"{tenant} {i}", "max_tokens": 100, "ignore_eos": True, "n": 8}
+        reply = await client.post(f"{endpoint.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {keys[tenant]}"})
+        assert reply.status_code == 200, reply.text
+        order.append(tenant)
 
-    with concurrent.futures.ThreadPoolExecutor(70) as pool:
-        floods = [pool.submit(ask, "flood", flood, i) for i in range(64)]
-        time.sleep(0.5)
-        smalls = [pool.submit(ask, "small", small, i) for i in range(4)]
-        for future in [*floods, *smalls]:
-            future.result()
-    order = [tenant for tenant, _ in sorted(done, key=lambda item: item[1])]
-    last_small = len(order) - 1 - order[::-1].index("small")
-    assert last_small < len(order) * 3 // 4, order
+    async def all_of_them() -> None:
+        async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
+            floods = [asyncio.create_task(ask(client, "flood", i)) for i in range(48)]
+            while "flood" not in order:  # the first ones are done, and far more wait
+                await asyncio.sleep(0.02)
+            await asyncio.gather(*floods, *(ask(client, "small", i) for i in range(4)))
+
+    asyncio.run(all_of_them())
+    assert len(order) - order[::-1].index("small") < len(order) * 3 // 4, order
 
 
 def test_the_audit_log_holds_no_prompt_and_no_key(endpoint: Endpoint, tenants: Tenants) -> None:
@@ -216,5 +217,5 @@ def test_the_audit_log_holds_no_prompt_and_no_key(endpoint: Endpoint, tenants: T
     assert [entry for entry in lines if entry["status"] == 401 and entry["refused"] == "invalid_api_key"]
     assert "secret prompt" not in text
     assert key not in text and "wrong-key" not in text
-    unsafe = httpx.get(f"{endpoint.url}/v1/models", headers={"Authorization": f"Bearer {key}", "X-Request-Id": "a b\t{}"})
-    assert unsafe.headers["x-request-id"] != "a b\t{}"
+    unsafe = httpx.get(f"{endpoint.url}/v1/models", headers={"Authorization": f"Bearer {key}", "X-Request-Id": "a b {}"})
+    assert set(unsafe.headers.get_list("x-request-id")) > {"a b {}"}, "one that may stand in logs is beside it"

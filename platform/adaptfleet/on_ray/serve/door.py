@@ -281,6 +281,8 @@ class _Call:
         self.body: bytes | None = None
         self._is_stream = False
         self._send = send
+        # Serve itself sends back the id that a request came with, or that Serve gave it.
+        self._is_told = any(name.lower() == b"x-request-id" and value == request_id.encode() for name, value in scope["headers"])
 
     @property
     def tenant(self) -> str:
@@ -291,7 +293,8 @@ class _Call:
             self.status = message["status"]
             headers = list(message.get("headers", ()))
             self._is_stream = any(name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
-            message = {**message, "headers": [*headers, (b"x-request-id", self.request_id.encode())]}
+            if not self._is_told:
+                message = {**message, "headers": [*headers, (b"x-request-id", self.request_id.encode())]}
         elif self._is_stream and self.first_token_s is None and message.get("body"):
             self.first_token_s = time.perf_counter() - self.started
         await self._send(message)

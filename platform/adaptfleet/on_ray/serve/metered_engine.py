@@ -4,7 +4,8 @@ Counting adds up lengths of lists that vLLM hands on anyway: no token is decoded
 is in `metered`, a context variable that the door sets: one HTTP request may make several generations (n prompts, a tool's rounds).
 """
 
-from collections.abc import AsyncGenerator, Callable
+import asyncio
+from collections.abc import AsyncGenerator, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ metered: ContextVar[Meter | None] = ContextVar("adaptfleet_meter", default=None)
 def meter(engine: "AsyncLLM") -> None:
     """Puts the counting in front of the engine's `generate` and `encode`. vLLM's handlers look both up at each call."""
     generate, encode = engine.generate, engine.encode
+    broken_off = _count_broken_off(engine)
 
     def counted_generate(prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         now = metered.get()
@@ -42,7 +44,7 @@ def meter(engine: "AsyncLLM") -> None:
         num_prompt = _num_tokens(prompt)
         _bound(now, prompt, num_prompt, sampling_params)
         outputs = generate(prompt, sampling_params, request_id, *args, **kwargs)
-        return _counted(now, outputs, lambda: _generated_so_far(engine, request_id))
+        return _counted(now, outputs, request_id, num_prompt, broken_off)
 
     def counted_encode(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         now = metered.get()
@@ -76,8 +78,11 @@ def _bound(now: Meter, prompt: Any, num_prompt: int, sampling_params: Any) -> No
         prompt["cache_salt"] = f"{now.cache_salt}:{prompt.get('cache_salt') or ''}"
 
 
-async def _counted(now: Meter, outputs: AsyncGenerator[Any, None], so_far: Callable[[], int]) -> AsyncGenerator[Any, None]:
-    grant, has_begun, is_finished, num_output = now.grant, False, False, 0
+async def _counted(
+    now: Meter, outputs: AsyncGenerator[Any, None], request_id: str, num_prompt: int, broken_off: dict[str, int]
+) -> AsyncGenerator[Any, None]:
+    grant, has_begun, num_output = now.grant, False, 0
+    broken_off[request_id] = 0
     try:
         async for output in outputs:
             if not has_begun:
@@ -86,12 +91,15 @@ async def _counted(now: Meter, outputs: AsyncGenerator[Any, None], so_far: Calla
                 now.order.begin(now.ticket)
             for part in output.outputs:
                 num_output += len(part.token_ids)
-            is_finished = output.finished
             yield output
+    except (asyncio.CancelledError, GeneratorExit):
+        if not has_begun:
+            grant.prompt_tokens += num_prompt
+        raise
     finally:
-        # A client that hung up on an answer that is not streamed has seen none of what was generated for it.
-        grant.output_tokens += num_output if is_finished else max(num_output, so_far())
         await outputs.aclose()
+        # A client that hung up on an answer that is not streamed has seen none of what was generated for it.
+        grant.output_tokens += max(num_output, broken_off.pop(request_id, 0))
 
 
 async def _counted_prompts(now: Meter, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
@@ -104,12 +112,19 @@ async def _counted_prompts(now: Meter, outputs: AsyncGenerator[Any, None]) -> As
         await outputs.aclose()
 
 
-def _generated_so_far(engine: "AsyncLLM", request_id: str) -> int:
-    """Of a request that is broken off, from vLLM's own state; 0 where another vLLM keeps it elsewhere."""
-    try:
-        processor = engine.output_processor
-        ids = processor.external_req_ids.get(request_id, ())
-        states = [processor.request_states[name] for name in ids if name in processor.request_states]
-        return sum(state.detokenizer.num_output_tokens() for state in states if state.detokenizer is not None)
-    except (AttributeError, TypeError):
-        return 0
+def _count_broken_off(engine: "AsyncLLM") -> dict[str, int]:
+    """By request, as far as they are looked at: the tokens that vLLM had made of it when it was broken off, which no output tells."""
+    processor, counts = engine.output_processor, dict[str, int]()
+    abort = processor.abort_requests
+
+    def counted_abort(request_ids: Iterable[str], internal: bool) -> list[str]:
+        names = list(request_ids)
+        for name in names:
+            for own in [name] if internal else list(processor.external_req_ids.get(name, ())):
+                state = processor.request_states.get(own)
+                if state is not None and state.detokenizer is not None and state.external_req_id in counts:
+                    counts[state.external_req_id] += state.detokenizer.num_output_tokens()
+        return abort(names, internal)
+
+    processor.abort_requests = counted_abort  # type: ignore[method-assign, unused-ignore]
+    return counts

@@ -23,7 +23,7 @@ from tests.serve.tiny_llama import make_adapter, make_base
 
 MAX_LEN = 256
 MAX_BYTES = 20_000
-_NO_BLANKS = {"structured_outputs_config": {"disable_any_whitespace": True}}
+_NO_BLANKS = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
 """Random weights may like blanks best, and a schema allows any number of them."""
 RANKS = {"streets": 8, "people": 16, "cities": 4}
 

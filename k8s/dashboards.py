@@ -43,6 +43,9 @@ ENDPOINT = Dashboard(
     (
         Panel("Requests by model", "reqps", ((f"sum by (model) (rate(adaptfleet_requests_total{_MODEL}[5m]))", "{{model}}"),)),
         Panel("Requests by tenant", "reqps", ((f"sum by (tenant) (rate(adaptfleet_requests_total{_MODEL}[5m]))", "{{tenant}}"),)),
+        Panel(
+            "Tokens by tenant", "short", ((f"sum by (tenant, kind) (rate(adaptfleet_tokens_total{_MODEL}[5m]))", "{{tenant}} {{kind}}"),)
+        ),
         Panel("Answers by status", "reqps", ((f"sum by (code) (rate(adaptfleet_requests_total{_MODEL}[5m]))", "{{code}}"),)),
         Panel(
             "Time to first token",

@@ -17,8 +17,8 @@ RUN grep -vE '^(#|$)' gpu.lock | awk -F'==' 'NR == FNR { out[$1] = 1; next } !($
     && find .venv -depth -type d \( -name __pycache__ -o -name tests -path '*/torch/*' \) -exec rm -rf {} +
 COPY pyproject.toml README.md LICENSE ./
 COPY platform platform
-RUN .venv/bin/pip install --no-deps --no-build-isolation . \
-    && rm -rf build platform/*.egg-info
+# Editable, as everywhere: the library finds what lies beside it, such as tune_spaces/.
+RUN .venv/bin/pip install --no-deps --no-build-isolation --editable .
 
 FROM python:${PYTHON} AS runtime
 # wget: KubeRay's probes; tini: for `docker run`, Kubernetes has its own; g++: torch.compile and Triton.
@@ -30,6 +30,7 @@ RUN apt-get update \
     && useradd --uid 10001 --gid 10001 --home-dir /var/lib/adaptfleet --create-home --shell /usr/sbin/nologin adaptfleet
 WORKDIR /app
 COPY --from=build /app/.venv .venv
+COPY platform platform
 COPY jobs jobs
 COPY serve_apps serve_apps
 COPY tune_spaces tune_spaces

@@ -19,6 +19,19 @@ class ClientGoneError(Exception):
     pass
 
 
+def posted_inside(path: str, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
+    """The scope of a POST that the house itself makes."""
+    place = {"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": ""}
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "headers": headers,
+    } | place
+
+
 async def read_body(headers: Headers, receive: Receive, allowed: int) -> bytes:
     """RefusalError: 413, before more than `allowed` bytes are held."""
     length = headers.get(b"content-length", "")

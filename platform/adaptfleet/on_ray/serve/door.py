@@ -25,6 +25,7 @@ from adaptfleet.on_ray.serve.asgi import (
     Send,
     answer,
     json_object,
+    posted_inside,
     read_body,
     refuse,
 )
@@ -113,8 +114,7 @@ class Door:
             raise AssertionError
 
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
-        scope |= {"headers": headers, "scheme": "http", "root_path": "", "client": None, "server": None}
+        scope = posted_inside(path, headers)
         call = _Call(keep, uuid.uuid4().hex, scope)
         call.caller, call.klass = caller, klass
         await self._told(call, self._generation(scope, body, nothing_more, call))
@@ -184,7 +184,7 @@ class Door:
         beside = next((application for start, application in self.beside.items() if path == start or path.startswith(f"{start}/")), None)
         if beside is not None:
             call.model = "none"
-            await beside(scope | {"adaptfleet.caller": caller}, receive, call.send)
+            await beside({**scope, "adaptfleet.caller": caller}, receive, call.send)
             return
         if path not in ROUTES:
             raise RefusalError(404, f"{method} {path[:120]} is not served. Served: {', '.join(ROUTES)}.", "unknown_route")
@@ -227,7 +227,7 @@ class Door:
             within_s = self._tenancy.policy(caller.tenant).max_request_s
             try:
                 line = Line(body, receive)
-                if not await line.serve(self._application, scope | {"headers": kept + ours}, call.send, within_s):
+                if not await line.serve(self._application, {**scope, "headers": kept + ours}, call.send, within_s):
                     await call.out_of_time(within_s or 0.0)
             finally:
                 current.reset(token)

@@ -66,6 +66,7 @@ class Embedder:
     async def answer(self, path: str, body: bytes, requested: str, name: str | None, version: int | None, request_id: str) -> Pooled:
         """The door has checked who asks, and what `requested` means: the base, or this version of an adapter."""
         from adaptfleet.on_ray.serve.accounts import Grant
+        from adaptfleet.on_ray.serve.asgi import posted_inside
         from adaptfleet.on_ray.serve.fair_order import FairOrder
         from adaptfleet.on_ray.serve.metered_engine import Meter, metered
         from adaptfleet.on_ray.serve.refusal import RefusalError
@@ -98,10 +99,8 @@ class Embedder:
                 parts.append(message.get("body", b""))
 
         asked: list[bool] = []
-        scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
-        scope |= {"scheme": "http", "root_path": "", "client": None, "server": None, "asgi": {"version": "3.0"}}
         headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
-        await self._application(scope | {"headers": headers}, receive, send)
+        await self._application(posted_inside(path, headers), receive, send)
         return Pooled(status, content_type, b"".join(parts), grant.prompt_tokens)
 
     async def check_health(self) -> None:
@@ -138,7 +137,7 @@ def embedder(spec: ServingSpec, env: dict[str, str]) -> Application:
         max_ongoing_requests=256,
         health_check_period_s=5,
     )
-    return deployment(Embedder).bind(spec, env)  # type: ignore[no-any-return]
+    return deployment(Embedder).bind(spec, env)
 
 
 def _start(arguments: Any) -> Any:

@@ -121,10 +121,10 @@ class Ledger:
             if now - self._read_at >= _READ_AGAIN_S:
                 # All of it once; then what may still grow: this day's, and the last one's around midnight.
                 today = datetime.now(UTC)
-                days = [None] if self._read_at < 0 else [f"{day:%Y-%m-%d}" for day in (today - timedelta(days=1), today)]
+                days: list[str | None] = [None] if self._read_at < 0 else [f"{day:%Y-%m-%d}" for day in (today - timedelta(days=1), today)]
                 self._read_at = now
-                for day in days:
-                    for key, counts in (await asyncio.to_thread(read_usage, self._objects, day)).items():
+                for wanted in days:
+                    for key, counts in (await asyncio.to_thread(read_usage, self._objects, wanted)).items():
                         if key not in self._dirty and key[1] not in self._reports:
                             self._usage[key] = counts
         except StoreError as error:

@@ -32,7 +32,7 @@ class Line:
 
     async def serve(self, application: Application, scope: Scope, send: Send, within_s: float | None = None) -> bool:
         """Whether the application ended by itself within the time. Where it does not, and where this call is cancelled, the line is cut."""
-        work = asyncio.get_running_loop().create_task(application(scope, self.receive, self._unless_cut(send)))  # type: ignore[arg-type]
+        work: asyncio.Task[None] = asyncio.get_running_loop().create_task(application(scope, self.receive, self._unless_cut(send)))  # type: ignore[arg-type]
         try:
             done, _ = await asyncio.wait({work}, timeout=within_s)
         except asyncio.CancelledError:

@@ -20,6 +20,7 @@ from adaptfleet.on_ray.serve.refusal import RefusalError
 NO_TENANT = "none"
 _BYTES_A_TOKEN = 4
 _GUESSED_OUTPUT_TOKENS = 256
+_MAX_COPIES = 128
 _UNCOUNTED = {"/tokenize", "/detokenize", "/v1/messages/count_tokens"}
 _OUTPUT_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
@@ -124,7 +125,7 @@ class Tenancy:
 
 def _estimate(request: Mapping[str, Any], num_bytes: int, policy: TenantPolicy) -> int:
     """What a request may take, before the engine has counted it."""
-    wanted = next((request[key] for key in _OUTPUT_KEYS if _is_count(request.get(key))), None)
+    wanted: int | None = next((request[key] for key in _OUTPUT_KEYS if _is_count(request.get(key))), None)
     if wanted is not None and policy.max_output_tokens is not None and wanted > policy.max_output_tokens:
         raise RefusalError(
             400,
@@ -134,8 +135,8 @@ def _estimate(request: Mapping[str, Any], num_bytes: int, policy: TenantPolicy) 
         )
     if wanted is None:
         wanted = min(_GUESSED_OUTPUT_TOKENS, policy.max_output_tokens or _GUESSED_OUTPUT_TOKENS)
-    copies = request.get("n")
-    return num_bytes // _BYTES_A_TOKEN + wanted * (min(copies, 128) if _is_count(copies) else 1)
+    copies: Any = request.get("n")
+    return num_bytes // _BYTES_A_TOKEN + wanted * (min(copies, _MAX_COPIES) if _is_count(copies) else 1)
 
 
 def _is_count(value: Any) -> bool:

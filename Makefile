@@ -56,6 +56,7 @@ bench-elastic: setup  ## training: what kills, preemptions and joining nodes cos
 	$(BIN)/python bench/elastic.py
 	$(BIN)/python bench/pools.py
 	$(BIN)/python bench/fleet_day.py
+	$(BIN)/python bench/manifests.py
 
 bench-serve: setup  ## serving: throughput of mixed adapters against no adapter and stock vLLM
 	$(BIN)/python bench/serve.py

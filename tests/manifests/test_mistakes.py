@@ -202,13 +202,18 @@ def test_the_list_is_long_and_has_no_name_twice() -> None:
     assert len({mistake.name for mistake in MISTAKES}) == len(MISTAKES) >= 60
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
-def test_a_mistake_is_found(mistake: Mistake, built: dict[str, list[manifests.Document]], kuberay: crds.Crds) -> None:
+def findings_of(mistake: Mistake, built: dict[str, list[manifests.Document]], kuberay: crds.Crds) -> list[str]:
+    """What is said of the document itself, then, since a name may be missed elsewhere, of all."""
     context = built[mistake.overlay.partition("/")[0]] if "/" in mistake.overlay else []
     seeded = _seeded(built[mistake.overlay], mistake)
     at = next(number for number, document in enumerate(built[mistake.overlay]) if manifests.name_of(document) == mistake.document)
-    # The document itself, then, since a name may be missed elsewhere, all.
     found = [str(finding) for finding in check(seeded[at : at + 1], [*seeded[:at], *seeded[at + 1 :], *context], kuberay)]
     if not any(mistake.says in finding for finding in found):
         found = [str(finding) for finding in check(seeded, context, kuberay)]
+    return found
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_mistake_is_found(mistake: Mistake, built: dict[str, list[manifests.Document]], kuberay: crds.Crds) -> None:
+    found = findings_of(mistake, built, kuberay)
     assert any(mistake.says in finding for finding in found), found

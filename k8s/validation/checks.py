@@ -3,7 +3,18 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from k8s.validation import core_kinds, entrypoints, extension_kinds, fleet, operator_rules, pods, references, serve_config, versions
+from k8s.validation import (
+    core_kinds,
+    entrypoints,
+    extension_kinds,
+    fleet,
+    operator_rules,
+    operator_settings,
+    pods,
+    references,
+    serve_config,
+    versions,
+)
 from k8s.validation.crds import Crds
 from k8s.validation.manifests import OVERLAYS, Document, Finding, build, name_of
 
@@ -56,6 +67,7 @@ def _schema(document: Document, crds: Crds) -> Iterator[Finding]:
 def _own(document: Document, others: list[Document]) -> Iterator[Finding]:
     if document["apiVersion"] == _RAY:
         yield from operator_rules.findings(document)
+        yield from operator_settings.findings(document)
     if document["kind"] == "RayService":
         problems = list(serve_config.findings(document))
         yield from problems

@@ -7,7 +7,7 @@ from functools import cache
 
 import yaml
 
-from k8s.validation import core_kinds
+from k8s.validation import core_kinds, operator_settings
 from k8s.validation.manifests import ROOT, Document, Finding, name_of
 from k8s.validation.operator_rules import ray_cluster
 from k8s.validation.pods import pods
@@ -33,7 +33,8 @@ def image_tag() -> str:
 def pinned() -> Iterator[Finding]:
     """operator/versions.yaml against the locks and against what the validation itself is written for."""
     given = yaml.safe_load(VERSIONS.read_text(encoding="utf-8"))
-    wanted = {"ray": locked_ray(), "image": image_tag(), "kubernetes": core_kinds.VERSION}
+    operator = operator_settings.values()["image"]["tag"]
+    wanted = {"ray": locked_ray(), "image": image_tag(), "kubernetes": core_kinds.VERSION, "kuberay": operator}
     for key, value in wanted.items():
         if str(given.get(key)) != value:
             yield Finding(f"{VERSIONS.relative_to(ROOT)} {key}", f"is {given.get(key)}, and should be {value}")

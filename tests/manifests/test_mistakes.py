@@ -100,6 +100,11 @@ MISTAKES = [
     Mistake("delete-a-selected-cluster", CRON, "spec.jobTemplate.deletionStrategy.deletionRules.0.policy", "DeleteCluster", "not the job's own"),
     Mistake("bad-schedule", CRON, "spec.schedule", "30 25 * * *", "is no schedule"),
     Mistake("bad-time-zone", CRON, "spec.timeZone", "Europe/Atlantis", "is no time zone"),
+    Mistake("tls-without-its-gate", POOL, "spec.tlsOptions", {"enabled": True}, "gate RayClusterMTLS, which is off"),
+    Mistake("policy-without-its-gate", POOL, "spec.networkPolicy", {"mode": "DenyAll"}, "gate RayClusterNetworkPolicy"),
+    Mistake("rocksdb-without-its-gate", ENDPOINT, f"{SERVICE}.gcsFaultToleranceOptions", {"backend": "rocksdb"}, "GCSFaultToleranceEmbeddedStorage"),
+    Mistake("volcano-without-volcano", JOB, "metadata.labels.volcano&sh/queue-name", "adaptfleet-research", "is not the batchScheduler", "prod/finetune"),
+    Mistake("namespace-that-nobody-watches", POOL, "metadata.namespace", "ray", "the operator watches"),
     # What Serve would take without a word.
     Mistake("serve-key-typo", ENDPOINT, "spec.serveConfigV2", serve("min_replicas", "min_replica"), "min_replica"),
     Mistake("serve-key-typo-high", ENDPOINT, "spec.serveConfigV2", serve("http_options", "http_option"), "http_option"),

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -127,3 +128,25 @@ def test_top_says_why_it_shows_nothing(status_url: str, monkeypatch: pytest.Monk
     assert main(["top", "--url", "http://127.0.0.1:9"]) == 2
     assert "--url names another" in capsys.readouterr().err
     assert not keys_file().exists(), "looking makes no key"
+
+
+def test_tenants_shows_what_each_has_and_who_sees_what(fresh_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = fresh_home / "new.yaml"
+    file.write_text(
+        "defaults: {requests_per_min: 60}\ntenants: {acme: {owns: ['acme-*'], token_budget: {tokens: 5}}, ops: {operator: true}}"
+    )
+    assert main(["tenants", "--file", str(file), "--see", "acme-chat"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][-1] == "may use acme-chat"
+    assert {row[0]: (row[2], row[5], row[6]) for row in rows[1:]} == {
+        "acme": ("requests_per_min=60 token_budget=5/month", "no", "yes"),
+        "default": ("requests_per_min=60", "yes", "no"),
+        "ops": ("requests_per_min=60", "yes", "no"),
+    }
+    assert main(["tenants", "--json"]) == 0, "without a file, the defaults"
+    assert json.loads(capsys.readouterr().out)["default"]["requests_per_min"] is None
+    file.write_text("tenants: {acme: {request_per_min: 5, weight: -1}}")
+    assert main(["tenants", "--file", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "request_per_min" in said and "weight" in said
+    assert main(["tenants", "--file", str(file.with_name("none.yaml"))]) == 2

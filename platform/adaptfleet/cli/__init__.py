@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "rollback": "return an alias to where it pointed before (short for `models rollback`)",
     "top": "the endpoint's engine, models and tenants, live in a terminal",
     "keys": "API keys of tenants: add, list, rotate, revoke",
+    "tenants": "what tenants.yaml gives each tenant, and all that is wrong with it",
     "serve": "run the OpenAI-compatible endpoint here",
     "stop": "stop what `serve` started, and nothing else",
     "dev": "an elastic cluster on this machine from Kubernetes manifests: up, status, apply, lose, down",

@@ -5,7 +5,8 @@ from pathlib import Path
 
 
 def home() -> Path:
-    """The embedded root: ADAPTFLEET_HOME, `~/.adaptfleet` by default. Holds `store/`, `runs/`, `models/`, `cache/` and `api-keys`."""
+    """The embedded root: ADAPTFLEET_HOME, `~/.adaptfleet` by default. Holds `store/`, `runs/`, `models/`, `cache/` `api-keys`,
+    `client-key`, `tenants.yaml` and `logs/`."""
     return Path(os.environ.get("ADAPTFLEET_HOME") or "~/.adaptfleet").expanduser().absolute()
 
 

@@ -26,7 +26,8 @@ class Meter:
     ticket: Ticket
     max_context_tokens: int | None = None
     max_output_tokens: int | None = None
-    cache_salt: str | None = None
+    isolated_for: str | None = None
+    """A tenant with a prefix cache of its own."""
 
 
 metered: ContextVar[Meter | None] = ContextVar("adaptfleet_meter", default=None)
@@ -74,8 +75,11 @@ def _bound(now: Meter, prompt: Any, num_prompt: int, sampling_params: Any) -> No
     if cap is not None:
         wanted = sampling_params.max_tokens
         sampling_params.max_tokens = cap if wanted is None else min(wanted, cap)
-    if now.cache_salt is not None and isinstance(prompt, dict):
-        prompt["cache_salt"] = f"{now.cache_salt}:{prompt.get('cache_salt') or ''}"
+    salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+    if now.isolated_for is not None and isinstance(prompt, dict):
+        prompt["cache_salt"] = f"tenant:{now.isolated_for}:{salt or ''}"
+    elif salt:
+        prompt["cache_salt"] = f"given:{salt}"  # so that nobody names a tenant's own
 
 
 async def _counted(

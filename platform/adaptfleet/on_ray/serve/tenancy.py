@@ -108,8 +108,8 @@ class Tenancy:
                 self.accounts.check_budget(caller.tenant, policy)
             grant = Grant(caller.tenant, estimate)
         ticket = self.order.ticket(caller.tenant, klass or policy.priority, policy.weight, estimate)
-        salt = caller.tenant if policy.isolate_prefix_cache else None
-        token = metered.set(Meter(grant, self.order, ticket, policy.max_context_tokens, policy.max_output_tokens, salt))
+        isolated_for = caller.tenant if policy.isolate_prefix_cache else None
+        token = metered.set(Meter(grant, self.order, ticket, policy.max_context_tokens, policy.max_output_tokens, isolated_for))
         grant.priority = ticket.priority
         try:
             yield grant

@@ -12,6 +12,8 @@ from k8s.validation.pods import Pod, pods
 
 GUIDE = ROOT / "docs" / "kubernetes.md"
 _SELECTING = ("NetworkPolicy", "PodDisruptionBudget", "PodMonitor")
+_MADE_BY_OTHERS = {"gateway.networking.k8s.io/gateway-name"}
+"""Labels of pods that a controller of another project starts."""
 _QUEUES = {"kueue.x-k8s.io/queue-name": "LocalQueue", "volcano.sh/queue-name": "Queue"}
 
 
@@ -165,7 +167,8 @@ def _selector(document: Document, every_pod: Iterable[Pod], every: Sequence[Docu
     spec = document["spec"]
     selector = spec.get("podSelector" if document["kind"] == "NetworkPolicy" else "selector") or {}
     selected = [pod for pod in every_pod if selects(selector, pod.labels)]
-    if not selected:
+    keys = {*(selector.get("matchLabels") or {}), *(rule["key"] for rule in selector.get("matchExpressions") or [])}
+    if not selected and not keys & _MADE_BY_OTHERS:
         yield Finding(f"{name_of(document)} selector", f"{selector} selects no pod of these manifests")
     is_of_ray = any(pod.role in ("head", "worker") for pod in selected)
     # Kubernetes knows no number of replicas of a custom resource without a scale.

@@ -31,6 +31,11 @@ def test_every_misspelt_argument_is_listed() -> None:
         assert said in message
 
 
+def test_tls_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(ContractError, match="ssl_certfile and ssl_keyfile under http_options"):
+        app({"tls": {"certificate": "a", "key": "b"}})
+
+
 def test_the_spec_in_vllms_flags() -> None:
     spec = ServingSpec(max_loras=3, max_cpu_loras=2, engine_args={"tensor_parallel_size": 2, "enable_prefix_caching": False})
     arguments = parse(argv(spec, Path("/models/x"), "bfloat16"))

@@ -97,6 +97,18 @@ def test_a_tuned_model_takes_its_parents_adapters_at_a_measured_loss(small_base:
     assert "nobody" in message
 
 
+def test_a_rotated_and_rounded_model_is_near_its_parent(small_base: Path, sums: Path) -> None:
+    scheme = {"kind": "w8a8", "smoothquant": 0.5}
+    job = contract(small_base, sums, {"kind": "quantize", "scheme": scheme, "rotate": True, "head": "w8a8", "embedding": "w8"})
+    folder = Path(run_compression(job))
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    proof = json.loads((Path(os.environ["ADAPTFLEET_HOME"]) / "runs" / job.run_name() / "proof.json").read_text())
+    assert proof["perplexity_ratio"]["in_domain"]["value"] == pytest.approx(1, abs=0.02)
+    assert not list(steps_folder().glob(".*")), "what was turned on the way is gone"
+    tied = contract(small_base, sums, {"kind": "quantize", "rotate": True})
+    assert "rotate gives the output head weights of its own" in refused(ContractError, tied)
+
+
 def test_nothing_pruned_is_the_parent(small_base: Path, sums: Path) -> None:
     folder = Path(run_compression(contract(small_base, sums, {"kind": "prune"})))
     assert (folder / "model.safetensors").read_bytes() == (small_base / "model.safetensors").read_bytes()

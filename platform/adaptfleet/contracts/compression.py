@@ -64,6 +64,9 @@ class Quantize(Spec):
 
     kind: Literal["quantize"] = "quantize"
     scheme: Scheme = W8A8()
+    rotate: bool = False
+    """First turn the residual stream and the values of each head by random rotations (arXiv 2404.00456): the model computes the same, but
+    has no outliers that spoil 8-bit activations. The head's weights become its own, so where it shares the embedding's round it too."""
     keep: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Linear modules that stay as they are: `down_proj`, or one layer's, `layers.0.mlp.down_proj`."""
     kv_cache: Literal["auto", "fp8"] = "auto"
@@ -210,14 +213,14 @@ class CompressJob(Spec):
     def takes_parents_adapters(self) -> bool:
         """A model that was only rounded has its parent's shapes, and layers that read the same inputs."""
         quantize = self.step(Quantize)
-        return quantize is not None and self.step(Prune) is None and not quantize.scheme.moves_scales
+        return quantize is not None and self.step(Prune) is None and not (quantize.rotate or quantize.scheme.moves_scales)
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> "CompressJob":
         if self.proof.adapters and not self.takes_parents_adapters():
             raise ValueError(
                 f"proof.adapters names {', '.join(self.proof.adapters)}, but the result takes no adapters of its parent: prune changes "
-                "shapes, smoothquant and awq the layers' inputs; leave proof.adapters or these out"
+                "shapes, rotate, smoothquant and awq the layers' inputs; leave proof.adapters or these out"
             )
         return self
 

@@ -4,7 +4,7 @@ It knows nothing of the platform, whose packages it may see in other versions. T
 
 model           a checkpoint's folder
 out             a folder that does not exist yet
-modifiers       a list of {"name": "GPTQModifier", "arguments": {...}}, in order
+modifiers       a list of {"name": "GPTQModifier", "arguments": {...}}, in order; a smoothing with its `place`, "norms" or "gated"
 calibration     a safetensors file with `input_ids` and `lengths` of the rows, or null
 untie           give the output head its own weights first
 dtype           the type to load the weights in
@@ -32,12 +32,12 @@ def main(request: dict[str, Any]) -> None:
     llmcompressor: Any = importlib.import_module("llmcompressor")
     places = ("quantization", "transform.awq", "transform.smoothquant")
     sources = [importlib.import_module(f"llmcompressor.modifiers.{place}") for place in places]
-    recipe = [
-        next(getattr(source, step["name"]) for source in sources if hasattr(source, step["name"]))(
-            **step["arguments"], **_mappings(step, model)
-        )
-        for step in request["modifiers"]
-    ]
+    recipe = []
+    for step in request["modifiers"]:
+        mappings = _mappings(step, model)
+        if mappings is not None:
+            kind = next(getattr(source, step["name"]) for source in sources if hasattr(source, step["name"]))
+            recipe.append(kind(**step["arguments"], **mappings))
     arguments: dict[str, Any] = {}
     if request["calibration"]:
         rows = _rows(Path(request["calibration"]))
@@ -54,15 +54,13 @@ def _rows(file: Path) -> Any:
     return datasets.Dataset.from_dict({"input_ids": [row.tolist() for row in ids], "attention_mask": [[1] * len(row) for row in ids]})
 
 
-def _mappings(step: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Smoothing reaches the inputs of a gated feed-forward's last layer too, which llm-compressor leaves out: they are the product of
-    `up_proj`'s outputs, which take the scales, and have the largest outliers of all."""
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if step["name"] != "SmoothQuantModifier" or not {"up_proj", "down_proj"} <= names:
+def _mappings(step: dict[str, Any], model: Any) -> dict[str, Any] | None:
+    """Which layers a smoothing reaches, by the request's `place`; None: the model has none such."""
+    if step.get("place") != "gated":
         return {}
-    utils: Any = importlib.import_module("llmcompressor.modifiers.transform.smoothquant.utils")
-    known = [list(mapping) for mapping in utils.get_layer_mappings_from_architecture(type(model).__name__)]
-    return {"mappings": [*known, [["re:.*down_proj$"], "re:.*up_proj$"]]}
+    # the inputs of down_proj are a product, one factor of which is up_proj's outputs: these take the scales
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return {"mappings": [[["re:.*down_proj$"], "re:.*up_proj$"]]} if {"up_proj", "down_proj"} <= names else None
 
 
 def _leave_memory_unpinned() -> None:

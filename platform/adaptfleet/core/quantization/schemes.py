@@ -27,7 +27,7 @@ def modifiers(spec: Quantize, bits_of: Mapping[str, int] | None = None) -> list[
         case W8A8():
             algorithm = scheme.algorithm
             if scheme.smoothquant is not None:
-                found.append({"name": "SmoothQuantModifier", "arguments": {"smoothing_strength": scheme.smoothquant}})
+                found += _smoothing(scheme.smoothquant, spec)
             groups = [_w8a8(["Linear"], scheme.activations)]
         case WeightOnly():
             algorithm = scheme.algorithm
@@ -68,6 +68,13 @@ def modifiers(spec: Quantize, bits_of: Mapping[str, int] | None = None) -> list[
             }
         )
     return found
+
+
+def _smoothing(strength: float, spec: Quantize) -> list[Modifier]:
+    """`place` says which layers' inputs: those behind a norm, which a rotated model has no outliers in, and those of the last layer of a
+    gated feed-forward, which llm-compressor leaves out and which want no more than half."""
+    places = [("gated", min(strength, 0.5))] if spec.rotate else [("norms", strength), ("gated", min(strength, 0.5))]
+    return [{"name": "SmoothQuantModifier", "arguments": {"smoothing_strength": own}, "place": place} for place, own in places]
 
 
 def needs_data(spec: Quantize) -> bool:

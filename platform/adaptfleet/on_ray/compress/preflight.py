@@ -36,6 +36,7 @@ from adaptfleet.core.quantization.fit import (
     rounded_linear,
     shapes_of,
 )
+from adaptfleet.core.quantization.rotation import ROTATABLE
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.store.registry import Registry
 
@@ -157,6 +158,13 @@ def _planned(job: CompressJob, config: PretrainedConfig, full: Shapes) -> Shapes
         raise ContractError(
             f"quantize: embedding is {quantize.embedding!r}, which the engine loads for {', '.join(ROUNDED_EMBEDDINGS)} alone, not for "
             f"{config.model_type}; write embedding: keep."
+        )
+    if quantize.rotate and config.model_type not in ROTATABLE:
+        raise ContractError(f"quantize: rotate works for {', '.join(ROTATABLE)}, not for {config.model_type}; leave it out.")
+    if quantize.rotate and shapes.is_tied and quantize.head == "keep":
+        raise ContractError(
+            "quantize: rotate gives the output head weights of its own, which would cost the embedding's bytes once more; write "
+            "head: w8a8, and embedding: w8 for no more bytes than before."
         )
     scheme = quantize.scheme
     if isinstance(scheme, Mixed):

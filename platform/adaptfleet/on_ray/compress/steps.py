@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from adaptfleet.core.pruning.importance import Importance, measure
 from adaptfleet.core.pruning.refit import refit
 from adaptfleet.core.pruning.slicing import choose, sliced
 from adaptfleet.core.quantization.calibration import rows_sha256
+from adaptfleet.core.quantization.rotation import rotate
 from adaptfleet.core.quantization.rounding import quantize
 from adaptfleet.core.quantization.tuning import tune, write_tuned
 from adaptfleet.on_ray.compress.preflight import Prepared, recovery_data
@@ -107,14 +109,25 @@ def merge(folder: Path, adapter: Path, out: Path) -> None:
 
 
 def round_weights(folder: Path, out: Path, step: Quantize, prepared: Prepared) -> None:
+    # llm-compressor makes the folder itself
+    out.rmdir()
+    if not step.rotate:
+        _round(folder, out, step, prepared, untie=step.head != "keep" and prepared.shapes.is_tied)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.rotated-", dir=out.parent) as scratch:
+        model, tokenizer, _ = load_base(ModelSpec(source=str(folder)), dtype=torch.float32)
+        rotate(model)
+        export_model(model.to(checkpoint_dtype(folder)), tokenizer, Path(scratch))
+        _round(Path(scratch), out, step, prepared, untie=False)
+
+
+def _round(folder: Path, out: Path, step: Quantize, prepared: Prepared, untie: bool) -> None:
     bits_of = None
     if isinstance(step.scheme, Mixed):
         from adaptfleet.on_ray.compress.mixing import choose_bits
 
         bits_of = choose_bits(folder, step, prepared)
-    # llm-compressor makes the folder itself
-    out.rmdir()
-    quantize(folder, out, step, prepared.calibration, bits_of, untie=step.head != "keep" and prepared.shapes.is_tied)
+    quantize(folder, out, step, prepared.calibration, bits_of, untie)
 
 
 def tune_scales(folder: Path, out: Path, step: Tune, prepared: Prepared) -> None:

@@ -195,7 +195,10 @@ class Clusters:
             (self._place.folder / "gcs" / cluster["metadata"]["uid"]).mkdir(parents=True, exist_ok=True)
         node = _as_autoscaler_reads(cluster)[group_name]
         if group_name == HEAD_GROUP:
-            argv = head_argv(group, node, ports, self._place.folder / self._ray_folder(cluster))
+            ray_folder = self._place.folder / self._ray_folder(cluster)
+            # Workers that outlived the head name its address, which Ray takes for a head that runs, were it not for this file (2.60).
+            (ray_folder / "ray_current_cluster").unlink(missing_ok=True)
+            argv = head_argv(group, node, ports, ray_folder)
         else:
             # Of its own: two nodes that start at once would take the same names for their sockets.
             argv = worker_argv(group, node, ports, self._place.folder / "w" / meta["name"][-5:])

@@ -17,11 +17,14 @@ def equal_share(workers: int, free_cpus: float, nodes: Sequence[Resources]) -> i
     return next((cpus for cpus in range(largest, 1, -1) if num_places({"CPU": cpus}, nodes) >= workers), 1)
 
 
-def shortage(workers: int, each: Resources, nodes: Sequence[Resources], limits: Resources) -> str | None:
+def shortage(workers: int, each: Resources, nodes: Sequence[Resources], limits: Resources | None) -> str | None:
     """Why so many workers can never start. None: they can.
 
-    `limits`: what the cluster's autoscaler may come to have, on nodes of sizes not known here; empty: no node is added.
+    `limits`: what the cluster's autoscaler may come to have, on nodes of sizes not known here; empty: no node is added; None: nodes are
+    added, and how many is not known.
     """
+    if limits is None:
+        return None
     has = {name: max(sum(node.get(name, 0) for node in nodes), limits.get(name, 0)) for name in each}
     short = [
         f"{value * workers:g} {name}s where the cluster has {has[name]:g}" for name, value in each.items() if value * workers > has[name]

@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.loading import parse_contract
@@ -192,6 +194,26 @@ def test_limits_that_change_keep_what_was_used(accounts: Accounts) -> None:
     accounts.admit("acme", TenantPolicy(), 0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.lists(st.tuples(st.floats(0, 30), st.integers(1, 8)), max_size=60))
+def test_no_more_than_the_limit_and_what_time_gave_back(limit: int, steps: list[tuple[float, int]]) -> None:
+    clock = Clock()
+    accounts = Accounts(clock, lambda: clock.day)
+    began, num_admitted = clock.now, 0
+    for pause_s, num_tries in steps:
+        clock.now += pause_s
+        for _ in range(num_tries):
+            try:
+                accounts.admit("acme", TenantPolicy(requests_per_min=limit), 0)
+                num_admitted += 1
+            except RefusalError as refusal:
+                assert refusal.retry_after_s is not None
+                clock.now += refusal.retry_after_s  # who waits as told is admitted
+                accounts.admit("acme", TenantPolicy(requests_per_min=limit), 0)
+                num_admitted += 1
+        assert num_admitted <= limit + (clock.now - began) * limit / 60 + 1e-6
+
+
 # between replicas
 
 
@@ -293,6 +315,22 @@ def test_shares_follow_weights_and_sizes() -> None:
     tokens = {"double": served.count("double") * 100, "single": served.count("single") * 100, "long": served.count("long") * 400}
     assert tokens["double"] / tokens["single"] == pytest.approx(2, rel=0.1)
     assert tokens["long"] / tokens["single"] == pytest.approx(1, rel=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 500), min_size=40, max_size=80), st.lists(st.integers(1, 500), min_size=40, max_size=80))
+def test_what_two_who_always_wait_get_differs_by_no_more_than_two_requests(one: list[int], other: list[int]) -> None:
+    order = FairOrder()
+    waiting = [order.ticket("one", "normal", 1, size) for size in one] + [order.ticket("other", "normal", 1, size) for size in other]
+    left = {"one": len(one), "other": len(other)}
+    got = {"one": 0.0, "other": 0.0}
+    while all(left.values()):
+        waiting.sort(key=lambda ticket: ticket.priority)
+        ticket = waiting.pop(0)
+        order.begin(ticket)
+        got[ticket.tenant] += ticket.cost
+        left[ticket.tenant] -= 1
+        assert abs(got["one"] - got["other"]) <= max(one) + max(other) + 2
 
 
 def test_idling_saves_nothing_up_and_classes_come_first() -> None:

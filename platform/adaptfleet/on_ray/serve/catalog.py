@@ -47,6 +47,8 @@ class Card:
 
     id: str
     created: int
+    means: str = ""
+    """What an alias stands for now, shortly."""
 
 
 class Catalog:
@@ -130,11 +132,11 @@ class Catalog:
             for alias, version in sorted(listing.aliases.items(), key=lambda item: (item[0] != DEFAULT_ALIAS, item[0])):
                 if version in manifests:
                     known_as = name if alias == DEFAULT_ALIAS else f"{name}@{alias}"
-                    cards.append(Card(known_as, int(manifests[version].created_at.timestamp())))
+                    cards.append(Card(known_as, int(manifests[version].created_at.timestamp()), f"v{version}"))
             cards += [Card(manifest.reference, int(manifest.created_at.timestamp())) for manifest in manifests.values()]
         known = {card.id: card for card in cards}
         further = [(name, meant.removeprefix(f"{self.base_id}:")) for name, meant in viewer.aliases.items() if name not in known]
-        return cards + [Card(name, known[meant].created) for name, meant in further if meant in known]
+        return cards + [Card(name, known[meant].created, meant) for name, meant in further if meant in known]
 
     async def splits(self, viewer: Viewer = EVERYBODY) -> dict[str, AliasSplit]:
         """Split aliases by the ids they are known as."""

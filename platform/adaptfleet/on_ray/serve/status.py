@@ -71,7 +71,9 @@ class Status:
         for card in await self._catalog.cards(viewer):
             kind = "base" if card.id == self._catalog.base_id else "alias" if card.id in viewer.aliases else "adapter"
             counts = counted.get(card.id, {})
-            rows.append({"id": card.id, "kind": kind, "traffic": _traffic(splits.get(card.id)), **dict.fromkeys(_COUNTS, 0), **counts})
+            rows.append(
+                {"id": card.id, "kind": kind, "traffic": _traffic(splits.get(card.id)) or card.means, **dict.fromkeys(_COUNTS, 0), **counts}
+            )
         return rows
 
     def _tenants(self, caller: Caller) -> list[str]:

@@ -54,14 +54,14 @@ RECOVER = {
     },
 }
 TUNE = {"kind": "tune", "num_rows": 40}
-W8A8 = {"kind": "w8a8", "smoothquant": 0.8}
 GPTQ = {"kind": "weight-only", "algorithm": "gptq"}
 ENDS_8 = {"head": "w8a8", "embedding": "w8"}
+W8A8 = {"kind": "quantize", "scheme": {"kind": "w8a8", "smoothquant": 0.5}, "rotate": True, **ENDS_8}
 ENDS_4 = {"head": "w8a8", "embedding": "w4"}
 RECIPES: dict[str, list[Any]] = {
     "w8a8_rtn": [{"kind": "quantize", "scheme": {"kind": "w8a8"}}],
-    "w8a8_smooth": [{"kind": "quantize", "scheme": W8A8}],
-    "w8a8": [{"kind": "quantize", "scheme": W8A8, **ENDS_8}],
+    "w8a8_smooth": [{"kind": "quantize", "scheme": {"kind": "w8a8", "smoothquant": 0.8}}],
+    "w8a8": [W8A8],
     "w8a8_rtn_tuned": [{"kind": "quantize", "scheme": {"kind": "w8a8"}, **ENDS_8}, TUNE],
     "w4_rtn": [{"kind": "quantize", "scheme": {"kind": "weight-only"}}],
     "w4_gptq": [{"kind": "quantize", "scheme": GPTQ}],
@@ -71,7 +71,7 @@ RECIPES: dict[str, list[Any]] = {
     "width_raw": [{**PRUNE, "refit": False}],
     "width_refit": [PRUNE],
     "width": [PRUNE, RECOVER, "merge"],
-    "width_w8a8": [PRUNE, RECOVER, "merge", {"kind": "quantize", "scheme": W8A8, **ENDS_8}],
+    "width_w8a8": [PRUNE, RECOVER, "merge", W8A8],
     "second_base_w4": [{"kind": "quantize", "scheme": GPTQ, **ENDS_8}, TUNE],
 }
 SHAPES = {

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 
@@ -130,9 +131,12 @@ def pooling_spec(spec: ServingSpec) -> ServingSpec:
 def embedder(spec: ServingSpec, env: dict[str, str]) -> Application:
     given = spec.embeddings or EmbeddingsSpec()
     scaling = {"min_replicas": given.min_replicas, "max_replicas": given.max_replicas, "target_ongoing_requests": 32}
+    options: dict[str, Any] = {"num_cpus": given.cpus, "runtime_env": {"env_vars": env}}
+    if ray.is_initialized() and ray.cluster_resources().get("GPU"):
+        options["num_gpus"] = 1
     deployment = serve.deployment(
         name="embedder",
-        ray_actor_options={"num_cpus": given.cpus, "runtime_env": {"env_vars": env}},
+        ray_actor_options=options,
         autoscaling_config=scaling | {"upscale_delay_s": 0, "downscale_delay_s": given.idle_s},
         max_ongoing_requests=256,
         health_check_period_s=5,

@@ -45,12 +45,22 @@ def _service(document: Document) -> Iterator[Finding]:
             yield Finding(f"{name} {group['groupName']}.readinessProbe", f"does not ask Serve's proxy (:{port}/-/healthz)")
         if not group["template"]["spec"]["containers"][0].get("livenessProbe"):
             yield Finding(f"{name} {group['groupName']}.livenessProbe", "is missing")
-    if not spec.get("excludeHeadPodFromServeSvc"):
+    applications = config.get("applications") or []
+    if any(_may_be_none(deployment) for application in applications for deployment in application.get("deployments") or []):
+        if spec.get("excludeHeadPodFromServeSvc"):
+            what = "is to be false where replicas may come down to 0: only the head is there to take the first request"
+            yield Finding(f"{name} spec.excludeHeadPodFromServeSvc", what)
+    elif not spec.get("excludeHeadPodFromServeSvc"):
         yield Finding(f"{name} spec.excludeHeadPodFromServeSvc", "is to be true; the head serves nothing")
-    for application in config.get("applications") or []:
+    for application in applications:
         args = application.get("args") or {}
         for deployment in application.get("deployments") or []:
             yield from _deployment(name, args, deployment, groups)
+
+
+def _may_be_none(deployment: dict[str, Any]) -> bool:
+    scaling = deployment.get("autoscaling_config")
+    return isinstance(scaling, dict) and scaling.get("min_replicas", 1) == 0
 
 
 def _deployment(name: str, args: dict[str, Any], deployment: dict[str, Any], groups: list[Document]) -> Iterator[Finding]:

@@ -169,6 +169,7 @@ MISTAKES = [
     Mistake("submitter-as-root", JOB, f"{SUBMITTER}.securityContext.runAsNonRoot", False, "runAsNonRoot", "prod/finetune"),
     Mistake("no-probe-of-serve", ENDPOINT, f"{ENGINE}.{BOX}.readinessProbe", {"tcpSocket": {"port": 8000}}, "does not ask Serve's proxy"),
     Mistake("no-liveness", ENDPOINT, f"{ENGINE}.{BOX}.livenessProbe", GONE, "livenessProbe"),
+    Mistake("asleep-for-ever", ENDPOINT, "spec.excludeHeadPodFromServeSvc", True, "take the first request", "dev-cpu"),
     Mistake("head-serves", ENDPOINT, "spec.excludeHeadPodFromServeSvc", False, "the head serves nothing"),
     # Names that nobody has.
     Mistake("no-such-account", POOL, f"{CPU}.{POD}.serviceAccountName", "adaptfleet-wroker", "there is no ServiceAccount"),

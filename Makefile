@@ -58,7 +58,7 @@ bench-elastic: setup  ## training: what kills, preemptions and joining nodes cos
 	$(BIN)/python bench/fleet_day.py
 	$(BIN)/python bench/manifests.py
 
-bench-serve: setup  ## serving: throughput of mixed adapters against no adapter and stock vLLM
+bench-serve: setup  ## serving: the endpoint against bare vLLM, many adapters, kills, replicas that come and go
 	$(BIN)/python bench/serve.py
 
 bench-compress: setup  ## compression: bytes, perplexity and speed of each recipe against the bf16 parent

@@ -43,10 +43,9 @@ def seconds(work: Callable[[], Any], times: int) -> float:
 
 
 def measure_policies() -> dict[str, Any]:
+    from adaptfleet.on_ray.kuberay.fleet import Claim, schedule
     from adaptfleet.on_ray.serve.autoscaling import Aims, Report, replicas_wanted, summary
     from adaptfleet.on_ray.serve.routing import RecentPrefixes, Replica, Wanted, choose
-
-    from adaptfleet.on_ray.kuberay.fleet import Claim, schedule
 
     chance = random.Random(0)
     found: dict[str, Any] = {"router_choose_us": {}, "replicas_wanted_ms": {}, "schedule_s": {}}

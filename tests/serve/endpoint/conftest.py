@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,6 +36,9 @@ class Endpoint:
     root: Path
     base: Path
     revision: str
+    spec: ServingSpec
+    cluster: Any
+    """LocalCluster; its import is Ray's, which reads its environment then."""
 
     def client(self, key: str | None = None) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or self.key, max_retries=0, timeout=120)
@@ -134,7 +138,17 @@ def tenants(endpoint: Endpoint) -> Iterator[Tenants]:
 
 @pytest.fixture(scope="package")
 def endpoint(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Endpoint]:
-    root = tmp_path_factory.mktemp("endpoint")
+    tools = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+    settings = {"embeddings": EmbeddingsSpec(), "traces_endpoint": collector.url, "engine_args": tools | _NO_BLANKS}
+    with running_endpoint(tmp_path_factory.mktemp("endpoint"), **settings) as made:
+        for seed, (name, rank) in enumerate(RANKS.items()):
+            made.publish(name, made.adapter(name, rank, seed + 1))
+        yield made
+
+
+@contextmanager
+def running_endpoint(root: Path, num_cpus: int = 2, **settings: Any) -> Iterator[Endpoint]:
+    """On a cluster of its own, with a home of its own. `settings` are the spec's."""
     before = dict(os.environ)
     for name in ("ADAPTFLEET_STORE", "ADAPTFLEET_API_KEYS", "ADAPTFLEET_TENANTS", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
@@ -149,28 +163,26 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> 
 
     base = make_base(root / "base")
     spec = ServingSpec(
-        model=ModelSpec(source=str(base), dtype="float32"),
-        served_name="tiny",
-        max_loras=3,
-        max_lora_rank=16,
-        max_model_len=MAX_LEN,
-        max_request_bytes=MAX_BYTES,
-        cpus_per_replica=1,
-        embeddings=EmbeddingsSpec(),
-        traces_endpoint=collector.url,
-        engine_args={"enable_auto_tool_choice": True, "tool_call_parser": "hermes"} | _NO_BLANKS,
+        **{
+            "model": ModelSpec(source=str(base), dtype="float32"),
+            "served_name": "tiny",
+            "max_loras": 3,
+            "max_lora_rank": 16,
+            "max_model_len": MAX_LEN,
+            "max_request_bytes": MAX_BYTES,
+            "cpus_per_replica": 1,
+            **settings,
+        }
     )
     try:
-        with LocalCluster.start(num_cpus=2, logs_to=root / "logs") as cluster:
+        with LocalCluster.start(num_cpus=num_cpus, logs_to=root / "logs") as cluster:
             os.environ.update(cluster.env)
             # Ray reads a process's token once; a test before these may have joined the shared cluster with another
             AuthenticationTokenLoader.instance().reset_cache()
             try:
-                url = deploy(spec, port=_free_port())
-                made = Endpoint(url, first_key(), root, base, base_revision(base))
-                for seed, (name, rank) in enumerate(RANKS.items()):
-                    made.publish(name, made.adapter(name, rank, seed + 1))
-                yield made
+                port = _free_port()
+                url = deploy(spec, port=port)
+                yield Endpoint(url, first_key(), root, base, base_revision(base), spec, cluster)
                 undeploy()
             finally:
                 ray.shutdown()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptfleet.contracts.artifacts import Manifest
+from adaptfleet.store.cache import content_digest
 from tests.serve.endpoint.conftest import MAX_BYTES, MAX_LEN, Endpoint
 from tests.serve.tiny_llama import VOCABULARY
 
@@ -129,6 +130,8 @@ def test_a_file_that_was_truncated_in_the_store(endpoint: Endpoint, still_up: No
     manifest = endpoint.publish("damaged", endpoint.adapter("damaged", seed=54))
     stored = _stored_weights(endpoint, manifest)
     stored.write_bytes(stored.read_bytes()[: stored.stat().st_size // 2])
+    # A new version is fetched ahead of any request, perhaps before it was truncated.
+    shutil.rmtree(endpoint.root / "home" / "cache" / "adapters" / content_digest(manifest.files), ignore_errors=True)
     endpoint.wait_for("damaged")
     error = _error(endpoint.post(model="damaged", prompt="x"), 500)
     assert error["code"] == "adapter_corrupt"

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adaptfleet.contracts.errors import AdaptfleetError
+from adaptfleet.on_ray.cluster.ingress import USE_HAPROXY, has_ingress, ingress_env
 from adaptfleet.on_ray.cluster.processes import MARKER, ProcessId, end_cluster
 from adaptfleet.on_ray.cluster.record import ClusterRecord
 from adaptfleet.on_ray.cluster.submission import ray_command
@@ -57,6 +58,7 @@ def client_env(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        USE_HAPROXY: "1" if has_ingress(folder) else "0",
     }
 
 
@@ -137,6 +139,7 @@ def _cluster_env(folder: Path, marker: str, env: Mapping[str, str]) -> dict[str,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(int(_START_TIMEOUT_S)),
         "RAY_gcs_server_port_wait_time_s": "120",
+        **({} if env.get(USE_HAPROXY) == "0" else ingress_env(folder)),
         **env,
         **client_env(folder),
         MARKER: marker,

@@ -1,10 +1,15 @@
-"""Brings a published adapter into the engine: fetched and verified, checked against the engine's limits, loaded."""
+"""Brings a published adapter into the engine: fetched and verified, checked against the engine's limits, loaded.
+
+Three tiers: `max_loras` slots that a batch computes with and `max_cpu_loras` adapters in the engine's memory, the least recently used
+leaving first, and the cache folder on disk. `Slots` decides whose requests may be in the engine.
+"""
 
 import asyncio
 import json
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from adaptfleet.contracts.artifacts import Manifest
 from adaptfleet.contracts.errors import CorruptError, NotFoundError, StoreError
 from adaptfleet.on_ray.serve.refusal import RefusalError, unfit_adapter, unknown_model
+from adaptfleet.on_ray.serve.slots import Slots
 from adaptfleet.store.registry import Registry
 
 if TYPE_CHECKING:
@@ -34,48 +40,85 @@ _UNSERVED_MODULES = ("lm_head", "embed_tokens")
 class Adapters:
     """The adapters this engine has loaded. One load of a version at a time; a failed one leaves nothing behind and may be tried again."""
 
-    def __init__(self, registry: Registry, cache: Path, engine: "EngineClient", base_folder: Path, max_rank: int, max_kept: int) -> None:
+    def __init__(
+        self, registry: Registry, cache: Path, engine: "EngineClient", base_folder: Path, max_rank: int, max_kept: int, slots: Slots
+    ) -> None:
         self._registry = registry
         self._base_shapes = _tensor_shapes(*sorted(base_folder.glob("*.safetensors")))
         self._cache = cache
         self._engine = engine
         self._max_rank = max_rank
         self._max_kept = max_kept
+        self._slots = slots
         self._numbers: dict[str, int] = {}
+        self._pinned: dict[str, str] = {}
         self._loaded: OrderedDict[str, LoRARequest] = OrderedDict()
-        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._busy: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def names(self) -> list[str]:
+        """Of the adapters the engine keeps, without versions."""
+        return sorted({reference.partition("@")[0] for reference in self._loaded})
 
     async def request_for(self, manifest: Manifest) -> "LoRARequest":
-        """vLLM's request for this version, loading it first where needed. RefusalError says why it cannot be served."""
-        reference = manifest.reference
-        if reference not in self._loaded:
-            async with self._loading[reference]:
-                if reference not in self._loaded:
-                    with load_seconds.time():
-                        await self._load(manifest)
-            self._loading.pop(reference, None)
-        request = self._loaded[reference]
-        self._loaded.move_to_end(reference)
-        return request
+        """vLLM's request for this version, with its files at hand. RefusalError says why it cannot be served."""
+        return self._request(manifest.reference, await self.fetched(manifest))
 
-    async def _load(self, manifest: Manifest) -> None:
+    @asynccontextmanager
+    async def in_engine(self, request: "LoRARequest") -> "AsyncIterator[None]":
+        """The adapter's turn: inside, the engine has it and requests may use it."""
+        reference = request.lora_name
+        pinned = reference in self._pinned.values()
+        async with nullcontext() if pinned else self._slots.of(reference):
+            await self._load(request)
+            self._loaded.move_to_end(reference)
+            yield
+
+    async def fetched(self, manifest: Manifest) -> Path:
+        """The adapter in the cache on disk, verified and checked against the base; at once where the engine has it."""
+        reference = manifest.reference
+        if reference in self._loaded:
+            return Path(self._loaded[reference].lora_path)
+        async with self._busy[reference]:
+            folder = await asyncio.to_thread(self._fetch, manifest)
+            await asyncio.to_thread(self._check, reference, folder)
+        self._busy.pop(reference, None)
+        return folder
+
+    async def pin(self, manifest: Manifest) -> None:
+        """Keeps this version in a slot from now on, in the place of the name's version before."""
+        reference = manifest.reference
+        before = self._pinned.get(manifest.name)
+        if before == reference:
+            return
+        await self._load(await self.request_for(manifest))
+        await self._engine.pin_lora(self._numbers[reference])  # type: ignore[attr-defined]
+        self._pinned[manifest.name] = reference
+        if before is not None:
+            self._loaded.pop(before, None)
+            await self._engine.remove_lora(self._numbers[before])  # type: ignore[attr-defined]
+
+    def _request(self, reference: str, folder: Path) -> "LoRARequest":
         from vllm.lora.request import LoRARequest
 
-        reference = manifest.reference
-        folder = await asyncio.to_thread(self._fetch, manifest)
-        await asyncio.to_thread(self._check, reference, folder)
         number = self._numbers.setdefault(reference, len(self._numbers) + 1)
-        request = LoRARequest(lora_name=reference, lora_int_id=number, lora_path=str(folder))
-        try:
-            await self._engine.add_lora(request)
-        except Exception as error:
-            # vLLM hands on whatever its worker raised; where the engine itself died, check_health ends the replica.
-            log.error("%s cannot be loaded from %s: %s", reference, folder, error)
-            raise _broken(reference, "the engine cannot load its weights") from None
-        self._loaded[reference] = request
-        while len(self._loaded) > self._max_kept:
-            self._loaded.popitem(last=False)
-            evictions_total.inc()
+        return LoRARequest(lora_name=reference, lora_int_id=number, lora_path=str(folder))
+
+    async def _load(self, request: "LoRARequest") -> None:
+        reference = request.lora_name
+        async with self._busy[reference]:
+            if reference not in self._loaded:
+                try:
+                    with load_seconds.time():
+                        await self._engine.add_lora(request)
+                except Exception as error:
+                    # vLLM hands on whatever its worker raised; where the engine itself died, the replica ends.
+                    log.error("%s cannot be loaded from %s: %s", reference, request.lora_path, error)
+                    raise _broken(reference, "the engine cannot load its weights") from None
+                self._loaded[reference] = request
+                while len(self._loaded) > self._max_kept:
+                    del self._loaded[next(known for known in self._loaded if known not in self._pinned.values())]
+                    evictions_total.inc()
+        self._busy.pop(reference, None)
 
     def _fetch(self, manifest: Manifest) -> Path:
         try:

@@ -9,6 +9,7 @@ of length 1.
 import asyncio
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ class Embedder:
         from adaptfleet.on_ray.serve.catalog import Catalog
         from adaptfleet.on_ray.serve.engine import application, argv, parse, set_environment
         from adaptfleet.on_ray.serve.metered_engine import meter
+        from adaptfleet.on_ray.serve.slots import Slots
         from adaptfleet.store.registry import Registry
 
         given = spec.embeddings
@@ -59,7 +61,9 @@ class Embedder:
         also = await asyncio.to_thread(adapters_taken, spec.model, registry)
         self._catalog = Catalog(registry, spec.base_id(), await asyncio.to_thread(base_revision, folder), also)
         kept = max(spec.max_cpu_loras, spec.max_loras)
-        self._adapters = Adapters(registry, home() / "cache" / "adapters", self._engine, folder, spec.max_lora_rank, kept)
+        self._adapters = Adapters(
+            registry, home() / "cache" / "adapters", self._engine, folder, spec.max_lora_rank, kept, Slots(spec.max_loras)
+        )
         meter(self._engine)
         self._application = await application(self._engine, arguments, self._catalog)
         self._watch = asyncio.create_task(self._end_with_the_engine())
@@ -101,7 +105,11 @@ class Embedder:
 
         asked: list[bool] = []
         headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
-        await self._application(posted_inside(path, headers), receive, send)
+        try:
+            async with nullcontext() if adapter is None else self._adapters.in_engine(adapter):
+                await self._application(posted_inside(path, headers), receive, send)
+        except RefusalError as refusal:
+            return Pooled(refusal.status, b"application/json", refusal.body(), 0)
         return Pooled(status, content_type, b"".join(parts), grant.prompt_tokens)
 
     async def check_health(self) -> None:

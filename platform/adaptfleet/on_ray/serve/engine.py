@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from adaptfleet.on_ray.serve.catalog import Catalog
+    from adaptfleet.on_ray.serve.workload import Workload
 
 _OURS = {
     "model",
@@ -116,15 +117,25 @@ def parse(flags: list[str]) -> Namespace:
     return arguments
 
 
-def start_engine(arguments: Namespace) -> "AsyncLLM":
+def start_engine(arguments: Namespace, workload: "Workload") -> "AsyncLLM":
+    """`workload` is told of each of its steps."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     context = UsageContext.OPENAI_API_SERVER
     return AsyncLLM.from_vllm_config(
-        AsyncEngineArgs.from_cli_args(arguments).create_engine_config(usage_context=context), usage_context=context
+        AsyncEngineArgs.from_cli_args(arguments).create_engine_config(usage_context=context),
+        usage_context=context,
+        stat_loggers=[lambda *_: workload],  # type: ignore[list-item, return-value]
     )
+
+
+def end_engine(engine: "AsyncLLM") -> None:
+    """Kills its processes; a hung one does not listen to anything else. Its requests fail as they do when it dies by itself."""
+    manager = getattr(getattr(engine.engine_core, "resources", None), "engine_manager", None)
+    for process in getattr(manager, "processes", ()):
+        process.kill()
 
 
 async def application(engine: "AsyncLLM", arguments: Namespace, catalog: "Catalog") -> "FastAPI":

@@ -31,3 +31,14 @@ def unknown_model(message: str) -> RefusalError:
 
 def unfit_adapter(message: str, code: str) -> RefusalError:
     return RefusalError(400, message, code, "model")
+
+
+def overloaded(num_requests: int) -> RefusalError:
+    return RefusalError(
+        503, f"{num_requests} requests wait or run here already, as many as may. Try again in a second.", "overloaded", retry_after_s=1
+    )
+
+
+def engine_died() -> RefusalError:
+    """HAProxy takes this, and only this, for a reason to ask another replica (`cluster/ingress.py`)."""
+    return RefusalError(502, "The engine that had this request died before it answered. Try again.", "engine_died")

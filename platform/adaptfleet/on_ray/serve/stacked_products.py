@@ -1,7 +1,7 @@
 """One layer's adapters stacked into few matrix products.
 
     h = (x @ stacked A) * mask        every slice and every adapter of the layer in one product
-    y[slice] += h[slice] @ stacked B  one product for each slice
+    y[slice] += h[slice] @ stacked B  one product for each slice; one for all of a layer with few outputs (q, k, v of a small model)
 
 A column of the stack belongs to one adapter. The mask keeps a row's own adapter and zeroes the others; for a row of the base it zeroes all.
 
@@ -17,6 +17,9 @@ from vllm import _custom_ops as vllm_ops
 
 _PRIMITIVES_KEPT = 32
 """oneDNN primitives (one for each number of rows) cached with each packed weight; vLLM's own linear layers keep as many."""
+
+MERGED_OUTPUTS = 1024
+"""Up to so many outputs, one product with a block-diagonal B costs less than the calls of a product and a sum for each slice."""
 
 _packed_product: Any = torch.ops._C.onednn_mm.default if vllm_ops._supports_onednn else None
 
@@ -68,7 +71,7 @@ def build_stack(
     """Stacks the matrices of `slots`. Slice i of the layer writes y's columns from `offsets[i]` on, and none beyond `limit`: layer and
     adapter may pad their outputs differently."""
     rows_of_a: list[torch.Tensor] = []
-    expands: list[Expand] = []
+    parts: list[tuple[torch.Tensor, int, int]] = []
     column_slots: list[int] = []
     column_ranks: list[int] = []
     chosen = torch.tensor(list(slots), dtype=torch.long)
@@ -89,13 +92,31 @@ def build_stack(
         column_slots += [slots[s] for s, _ in places]
         column_ranks += [r for _, r in places]
         b_NR = b_SRN[used_SR].t().contiguous()
-        expands.append(
-            Expand(
-                Product(b_NR), slice(start, start + len(places)), None if width == limit else slice(offsets[i], offsets[i] + width), width
-            ),
-        )
+        parts.append((b_NR, start, offsets[i]))
+    expands = _merged(parts, limit) if len(parts) > 1 and limit <= MERGED_OUTPUTS else _apart(parts, limit)
     shrink = Product(torch.cat(rows_of_a).contiguous()) if column_slots and a_S1RK is not None else None
     return Stack(shrink, tuple(expands), tuple(column_slots), tuple(column_ranks))
+
+
+def _apart(parts: Sequence[tuple[torch.Tensor, int, int]], limit: int) -> list[Expand]:
+    """A product for each (B, its first column of h, its first column of y)."""
+    return [
+        Expand(
+            Product(b_NR),
+            slice(start, start + b_NR.shape[1]),
+            None if b_NR.shape[0] == limit else slice(offset, offset + b_NR.shape[0]),
+            b_NR.shape[0],
+        )
+        for b_NR, start, offset in parts
+    ]
+
+
+def _merged(parts: Sequence[tuple[torch.Tensor, int, int]], limit: int) -> list[Expand]:
+    num_ranks = sum(b_NR.shape[1] for b_NR, _, _ in parts)
+    whole_NR = parts[0][0].new_zeros(limit, num_ranks)
+    for b_NR, start, offset in parts:
+        whole_NR[offset : offset + b_NR.shape[0], start : start + b_NR.shape[1]] = b_NR
+    return [Expand(Product(whole_NR), slice(0, num_ranks), None, limit)]
 
 
 def mask_for(token_slots: Sequence[int], column_slots: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:

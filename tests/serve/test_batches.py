@@ -184,6 +184,26 @@ def test_two_replicas_share_the_work_and_no_row_runs_twice(store: BatchStore) ->
     asyncio.run(run())
 
 
+def test_one_tenants_many_batches_leave_room_for_anothers(store: BatchStore) -> None:
+    async def run() -> None:
+        engine = Engine()
+        for _ in range(6):
+            await _batch(_client(store), _input("a"))
+        await _batch(_client(store, "beta"), _input("b"))
+        runner = _runner(store, engine, {})
+        await runner.look()
+        running = sorted(runner._tenant_of.values())
+        assert running == ["acme", "acme", "acme", "beta"], "no more than a few at once, and not all of one tenant's"
+        for _ in range(3):
+            await asyncio.gather(*runner._running.values())
+            await runner.look()
+        await asyncio.gather(*runner._running.values())
+        assert store.open_batches() == []
+        assert len(engine.asked) == 7
+
+    asyncio.run(run())
+
+
 def test_a_batch_that_is_cancelled_or_out_of_time(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         client, engine = _client(store), Engine()

@@ -139,8 +139,9 @@ class BatchStore:
         return sorted(found, key=lambda record: (-record.created_at, record.id))
 
     def open_batches(self) -> list[tuple[str, str]]:
-        """Tenants and ids of batches with work to do."""
-        keys = [info.key.split("/") for info in self._objects.list("open-batches")]
+        """Tenants and ids of batches with work to do, the oldest first."""
+        infos = sorted(self._objects.list("open-batches"), key=lambda info: (info.modified_at, info.key))
+        keys = [info.key.split("/") for info in infos]
         return [(parts[1], parts[2]) for parts in keys if len(parts) == 3 and _ID.fullmatch(parts[2])]
 
     def state(self, record: BatchRecord) -> BatchState:

@@ -10,6 +10,7 @@ import json
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from adaptfleet.on_ray.serve.ledger import Exchange
 from adaptfleet.store.batches import ENDED, BatchRecord, BatchState, BatchStore, FileRecord, RowError
 
 _LOOK_EVERY_S = 2.0
+_MAX_BATCHES = 4
 _PART_ROWS = 200
 _PART_EVERY_S = 5.0
 _CANCEL_EVERY_S = 1.0
@@ -42,6 +44,7 @@ class BatchRunner:
         self._slots = asyncio.Semaphore(max_rows_at_once)
         self._max_rows_at_once = max_rows_at_once
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._tenant_of: dict[str, str] = {}
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -59,15 +62,21 @@ class BatchRunner:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def look(self) -> None:
-        """Starts what is open and nobody else's."""
-        for tenant, batch_id in await asyncio.to_thread(self._store.open_batches):
-            if batch_id in self._running or not self._is_enabled(tenant):
+        """Starts what is open and nobody else's: a few at once, of the tenants with the fewest running, the oldest first."""
+        waiting = [item for item in await asyncio.to_thread(self._store.open_batches) if item[1] not in self._running]
+        while waiting and len(self._running) < _MAX_BATCHES:
+            running = Counter(self._tenant_of[batch_id] for batch_id in self._running)
+            tenant, batch_id = waiting.pop(min(range(len(waiting)), key=lambda i: (running[waiting[i][0]], i)))
+            if not self._is_enabled(tenant):
                 continue
             record = await asyncio.to_thread(self._store.batch, tenant, batch_id)
             if record is not None and await self._exchange.claim(batch_id):
                 task = asyncio.get_running_loop().create_task(self._run(record))
-                self._running[batch_id] = task
-                task.add_done_callback(lambda _, done=batch_id: self._running.pop(done, None))  # type: ignore[misc]
+                self._running[batch_id], self._tenant_of[batch_id] = task, tenant
+                task.add_done_callback(lambda _, done=batch_id: self._ended(done))  # type: ignore[misc]
+
+    def _ended(self, batch_id: str) -> None:
+        del self._running[batch_id], self._tenant_of[batch_id]
 
     async def _run(self, record: BatchRecord) -> None:
         try:

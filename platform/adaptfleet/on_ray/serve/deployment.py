@@ -94,7 +94,7 @@ class Endpoint:
         if spec.auth == "api-key":
             log.info("API keys: %s", ensure_keys())
             keys = ApiKeys()
-        tenancy = Tenancy(keys, PolicyFile(), max(256, 4 * spec.max_num_seqs))
+        tenancy = Tenancy(keys, PolicyFile(), spec.max_num_seqs + spec.max_waiting)
         meter(self._engine)
         app = await application(self._engine, self._arguments, catalog)
         guarded = Guard(

@@ -1,7 +1,6 @@
 """Sizes that must fit: what Serve and the jobs ask for, and what the groups' pods have."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from k8s.validation import entrypoints, serve_config
 from k8s.validation.manifests import Document, Finding, name_of
@@ -45,49 +44,40 @@ def _service(document: Document) -> Iterator[Finding]:
             yield Finding(f"{name} {group['groupName']}.readinessProbe", f"does not ask Serve's proxy (:{port}/-/healthz)")
         if not group["template"]["spec"]["containers"][0].get("livenessProbe"):
             yield Finding(f"{name} {group['groupName']}.livenessProbe", "is missing")
-    applications = config.get("applications") or []
-    if any(_may_be_none(deployment) for application in applications for deployment in application.get("deployments") or []):
-        if spec.get("excludeHeadPodFromServeSvc"):
+    for application in config.get("applications") or []:
+        args, parts = application.get("args") or {}, serve_config.replicas(application)
+        if any(part.least == 0 for part in parts) and spec.get("excludeHeadPodFromServeSvc"):
             what = "is to be false where replicas may come down to 0: only the head is there to take the first request"
             yield Finding(f"{name} spec.excludeHeadPodFromServeSvc", what)
-    elif not spec.get("excludeHeadPodFromServeSvc"):
-        yield Finding(f"{name} spec.excludeHeadPodFromServeSvc", "is to be true; the head serves nothing")
-    for application in applications:
-        args = application.get("args") or {}
-        for deployment in application.get("deployments") or []:
-            yield from _deployment(name, args, deployment, groups)
+        elif all(part.least for part in parts) and not spec.get("excludeHeadPodFromServeSvc"):
+            yield Finding(f"{name} spec.excludeHeadPodFromServeSvc", "is to be true; the head serves nothing")
+        for key in ("cpus_per_replica", "gpus_per_replica"):
+            if args.get(key) is None:
+                what = f"args.{key} is to be given: it would be read off the head, where the application is built"
+                yield Finding(f"{name} spec.serveConfigV2", what)
+        engine = {str(key).replace("-", "_"): value for key, value in (args.get("engine_args") or {}).items()}
+        split = int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
+        if args.get("gpus_per_replica") not in (None, 0, split):
+            what = f"args.gpus_per_replica is {args['gpus_per_replica']}, and the engine is split over {split}"
+            yield Finding(f"{name} spec.serveConfigV2", what)
+        for part in parts:
+            yield from _replicas(name, part, groups)
 
 
-def _may_be_none(deployment: dict[str, Any]) -> bool:
-    scaling = deployment.get("autoscaling_config")
-    return isinstance(scaling, dict) and scaling.get("min_replicas", 1) == 0
-
-
-def _deployment(name: str, args: dict[str, Any], deployment: dict[str, Any], groups: list[Document]) -> Iterator[Finding]:
-    where = f"{name} spec.serveConfigV2 deployment {deployment.get('name')}"
-    wanted = deployment.get("ray_actor_options") or {}
-    cpus, gpus = float(wanted.get("num_cpus") or 0), float(wanted.get("num_gpus") or 0)
-    if args.get("cpus_per_replica") is None:
-        yield Finding(f"{where}", "args.cpus_per_replica is not given: it would be read off the head, where the application is built")
-    elif args["cpus_per_replica"] != cpus:
-        yield Finding(f"{where}.ray_actor_options", f"num_cpus {cpus:g} is not args.cpus_per_replica ({args['cpus_per_replica']})")
-    engine = {str(key).replace("-", "_"): value for key, value in (args.get("engine_args") or {}).items()}
-    split = int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
-    if gpus and gpus != split:
-        yield Finding(f"{where}.ray_actor_options", f"num_gpus is {gpus:g}, and the engine is split over {split}")
-    fitting = [group for group in groups if _fits({"CPU": cpus, "GPU": gpus}, group_resources(group))]
+def _replicas(name: str, part: serve_config.Replicas, groups: list[Document]) -> Iterator[Finding]:
+    where = f"{name} spec.serveConfigV2 deployment {part.name}"
+    wanted = {"CPU": part.cpus, "GPU": part.gpus}
+    fitting = [group for group in groups if _fits(wanted, group_resources(group))]
     if not fitting:
         have = "; ".join(f"{group['groupName']}: {group_resources(group)}" for group in groups)
-        yield Finding(f"{where}.ray_actor_options", f"{cpus:g} CPUs and {gpus:g} GPUs fit on no node of a group. {have}")
+        yield Finding(where, f"{part.cpus:g} CPUs and {part.gpus:g} GPUs fit on no node of a group. {have}")
         return
-    scaling = deployment.get("autoscaling_config")
-    most = scaling.get("max_replicas", 1) if isinstance(scaling, dict) else deployment.get("num_replicas") or 1
-    places = sum(_places({"CPU": cpus, "GPU": gpus}, group_resources(group)) * group["maxReplicas"] for group in fitting)
-    if isinstance(most, int) and most > places:
-        yield Finding(f"{where}", f"may have {most} replicas, and the groups have room for {places}")
+    places = sum(_places(wanted, group_resources(group)) * group["maxReplicas"] for group in fitting) if any(wanted.values()) else part.most
+    if part.most > places:
+        yield Finding(where, f"may have {part.most} replicas, and the groups have room for {places}")
     grace = min(group["template"]["spec"].get("terminationGracePeriodSeconds", 30) for group in fitting)
-    if deployment.get("graceful_shutdown_timeout_s", 20) >= grace:
-        yield Finding(f"{where}.graceful_shutdown_timeout_s", f"is not within the pods' grace period of {grace} s")
+    if part.drain_s >= grace:
+        yield Finding(where, f"may take {part.drain_s:g} s to end its requests, which is not within the pods' grace period of {grace} s")
 
 
 def _job(document: Document, path: str, spec: Document, context: list[Document]) -> Iterator[Finding]:

@@ -6,12 +6,15 @@ Serve's models take a misspelt key without a word, and the value that was meant 
 import importlib
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from k8s.validation.manifests import Document, Finding, name_of
+
+_ARGS = {"ray_actor_options": "cpus_per_replica, gpus_per_replica", "autoscaling_config": "replicas", "num_replicas": "replicas"}
 
 
 class _Unique(yaml.SafeLoader):
@@ -82,11 +85,38 @@ def _application(where: str, application: dict[str, Any]) -> Iterator[Finding]:
     except AdaptfleetError as error:
         yield Finding(f"{where}.args", str(error))
         return
-    deployments = {part.name for part in _deployments(built)}
+    known = {part.name for part in _deployments(built)}
     for number, given in enumerate(application.get("deployments") or []):
-        if given.get("name") not in deployments:
-            known = ", ".join(sorted(deployments))
-            yield Finding(f"{where}.deployments[{number}].name", f"{given.get('name')!r} is no deployment of {path}; it has {known}")
+        if given.get("name") not in known:
+            names = ", ".join(sorted(known))
+            yield Finding(f"{where}.deployments[{number}].name", f"{given.get('name')!r} is no deployment of {path}; it has {names}")
+        for key in sorted({"ray_actor_options", "autoscaling_config", "num_replicas"} & set(given)):
+            what = f"replaces all that the application sets for its replicas; use args ({_ARGS[key]})"
+            yield Finding(f"{where}.deployments[{number}].{key}", what)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """What each replica of a deployment takes, and how many there may be."""
+
+    name: str
+    cpus: float
+    gpus: float
+    least: int
+    most: int
+    drain_s: float
+
+
+def replicas(application: dict[str, Any]) -> list[Replicas]:
+    """Of an application that is known to be right."""
+    module, _, attribute = str(application["import_path"]).replace(":", ".").rpartition(".")
+    found = []
+    for part in _deployments(getattr(importlib.import_module(module), attribute)(application.get("args") or {})):
+        options, scaling = part.ray_actor_options or {}, part._deployment_config.autoscaling_config
+        least, most = (scaling.min_replicas, scaling.max_replicas) if scaling else (part.num_replicas, part.num_replicas)
+        drain_s = part._deployment_config.graceful_shutdown_timeout_s
+        found.append(Replicas(part.name, float(options.get("num_cpus") or 0), float(options.get("num_gpus") or 0), least, most, drain_s))
+    return found
 
 
 def _deployments(application: Any) -> list[Any]:

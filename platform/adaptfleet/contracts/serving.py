@@ -94,6 +94,8 @@ class ServingSpec(Spec):
     """Cores reserved for a replica, and threads of its engine. None: an equal share of the machine's, with one left to the rest."""
     enforce_eager: bool = True
     """False compiles the engine's graph: a slower start, faster tokens."""
+    gpus_per_replica: Annotated[int, Field(ge=0)] | None = None
+    """None: as many as the engine is split over, where the cluster has any now. To be given where nodes come with the replica."""
     engine_args: dict[str, Any] = {}
     """Passed to vLLM as they are, by vLLM's own names (`tensor_parallel_size: 2`). The one escape hatch."""
 

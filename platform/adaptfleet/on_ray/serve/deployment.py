@@ -230,9 +230,11 @@ def _places() -> dict[str, str]:
 
 
 def _gpus(spec: ServingSpec) -> int:
-    """As many as the engine is split over, where the cluster has any."""
+    """What the spec says, else as many as the engine is split over, where the cluster has any."""
     import ray
 
+    if spec.gpus_per_replica is not None:
+        return spec.gpus_per_replica
     if not ray.is_initialized() or not ray.cluster_resources().get("GPU"):
         return 0
     given = {key.replace("-", "_"): value for key, value in spec.engine_args.items()}

@@ -217,8 +217,9 @@ def test_a_batch_that_is_cancelled_or_out_of_time(store: BatchStore, monkeypatch
         errors = await _output(client, ended.error_file_id)
         assert {row["error"]["code"] for row in errors} == {"batch_expired"}
         monkeypatch.undo()
-        with pytest.raises(openai.ConflictError):
-            await client.batches.cancel(late.id)
+        with pytest.raises(openai.ConflictError) as raised:
+            await client.with_options(max_retries=5).batches.cancel(late.id)
+        assert raised.value.response.headers["x-should-retry"] == "false", "it will not be otherwise a moment later"
 
     asyncio.run(run())
 

@@ -63,8 +63,18 @@ def json_object(body: bytes) -> dict[str, Any]:
     return request
 
 
-async def answer(send: Send, status: int, body: bytes, content_type: bytes = b"application/json", retry_after_s: int | None = None) -> None:
+async def answer(
+    send: Send,
+    status: int,
+    body: bytes,
+    content_type: bytes = b"application/json",
+    retry_after_s: int | None = None,
+    is_final: bool = False,
+) -> None:
+    """`is_final`: OpenAI's clients, which try some statuses again by themselves, are told not to."""
     headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+    if is_final:
+        headers.append((b"x-should-retry", b"false"))
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     if retry_after_s is not None:
@@ -76,7 +86,8 @@ async def answer(send: Send, status: int, body: bytes, content_type: bytes = b"a
 
 
 async def refuse(send: Send, refusal: RefusalError) -> None:
-    await answer(send, refusal.status, refusal.body(), retry_after_s=refusal.retry_after_s)
+    is_final = refusal.status in (408, 409) or refusal.code == "insufficient_quota"
+    await answer(send, refusal.status, refusal.body(), retry_after_s=refusal.retry_after_s, is_final=is_final)
 
 
 def _too_large(size: str, allowed: int) -> RefusalError:

@@ -29,6 +29,8 @@ MAX_NUM_SEQS = 16
 
 def replica() -> ReplicaModel:
     measured = json.loads(MEASURED.read_text())
+    if "c8" not in measured["medians"]:
+        raise SystemExit(f"{MEASURED.name} holds no figures by concurrency. Run: python bench/serve.py --only endpoint")
     rows = {int(name.removeprefix("c")): sides["endpoint (ours)"] for name, sides in measured["medians"].items()}
     fixed_s, per_sequence_s = fit([(concurrency, row["itl_p50_ms"] / 1000) for concurrency, row in rows.items()])
     first_token_s = rows[min(rows)]["ttft_p50_ms"] / 1000

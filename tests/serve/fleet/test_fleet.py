@@ -1,4 +1,4 @@
-"""Two replicas: where requests go, and what clients see when engines die, hang, and when replicas come and go."""
+"""Two replicas: where requests go, and what clients see when engines die and hang."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,6 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 
-import httpx
 import psutil
 import pytest
 
@@ -20,18 +19,17 @@ pytestmark = pytest.mark.slow
 LONG, SHORT = 700, 40
 
 
-def test_listens_on_loopback_only(fleet: Endpoint) -> None:
-    """HAProxy, its statistics, the router and the replicas. Not the engine's own process: torch's store listens everywhere."""
+def test_haproxy_listens_on_loopback_only(fleet: Endpoint) -> None:
+    """Its statistics and metrics too, which Serve opens to every interface."""
     record = fleet.cluster._record
-    listening: dict[str, str] = {}
+    listening = []
     for process in members(record.leader, record.marker):
         with contextlib.suppress(psutil.NoSuchProcess):
             found = psutil.Process(process.pid)
-            name = " ".join(found.cmdline())[:60]
-            listening |= {f"{at.laddr}": name for at in found.net_connections("inet") if at.status == psutil.CONN_LISTEN}
-    assert len(listening) > 10
-    open_ = {at: name for at, name in listening.items() if "127.0.0.1" not in at and "'::1'" not in at and "VLLM" not in name}
-    assert not open_, open_
+            if found.name() == "haproxy":
+                listening += [at.laddr.ip for at in found.net_connections("inet") if at.status == psutil.CONN_LISTEN]
+    assert len(listening) >= 3
+    assert set(listening) == {"127.0.0.1"}
 
 
 def test_an_adapters_requests_go_where_it_is_loaded(fleet: Endpoint) -> None:
@@ -109,80 +107,3 @@ def test_an_engine_is_struck(fleet: Endpoint, blow: signal.Signals) -> None:
     outcomes = asyncio.run(_struck(fleet, prompts, lambda pid: os.kill(pid, blow)))
     _check(outcomes, prompts, expected)
     await_replicas(fleet, 2)
-
-
-def test_replicas_come_and_go_under_load(fleet: Endpoint) -> None:
-    """2 -> 1 -> 2, and a rolling update to other settings: no request fails, no stream breaks. The new settings hold: what is too much is
-    sent away at once, and what was accepted is answered."""
-    from adaptfleet.on_ray.serve.deploy import deploy
-
-    await_replicas(fleet, 2)
-    port = int(httpx.URL(fleet.url).port or 0)
-
-    async def main() -> tuple[list[Outcome], list[set[str]]]:
-        outcomes: list[Outcome] = []
-        stop = asyncio.Event()
-
-        async def load(client: httpx.AsyncClient, number: int) -> None:
-            while not stop.is_set():
-                outcomes.append(await ask(client, Outcome(), ["tiny", *ADAPTERS][number], f"{len(outcomes)} ", 120))
-
-        async with client_of(fleet) as client:
-            tasks = [asyncio.create_task(load(client, number)) for number in range(3)]
-            seen = []
-            for change in ({"replicas": 1}, {"replicas": 2}, {"replicas": 2, "max_num_seqs": 3, "max_waiting": 2}):
-                before = len(outcomes)
-                await asyncio.to_thread(deploy, fleet.spec.model_copy(update=change), port=port)
-                await asyncio.to_thread(_await_count, change["replicas"])
-                while len(outcomes) < before + 10:
-                    await asyncio.sleep(0.1)
-                seen.append({outcome.replica for outcome in outcomes})
-            stop.set()
-            await asyncio.gather(*tasks)
-            flood = await asyncio.gather(*(ask(client, Outcome(), "tiny", f"{i} ", 60) for i in range(40)))
-            calm = await ask(client, Outcome(), "tiny", "Calm. ", 8)
-        sent_away = [outcome for outcome in flood if outcome.status == 503]
-        assert sent_away, "10 may be there at once, 40 came"
-        assert all("overloaded" in outcome.error for outcome in sent_away), sent_away[:3]
-        assert all(outcome.finished for outcome in [*flood, calm] if outcome.status == 200)
-        assert {outcome.status for outcome in [*flood, calm]} == {200, 503}
-        assert len(flood) - len(sent_away) >= 6
-        return outcomes, seen
-
-    outcomes, seen = asyncio.run(main())
-    failed = [outcome for outcome in outcomes if not outcome.finished or outcome.broken or outcome.error]
-    assert not failed, failed[:3]
-    assert len(seen[-1]) >= 4, "the update replaced both"
-
-
-def test_a_request_to_nobody_is_held_until_a_replica_has_started(fleet: Endpoint) -> None:
-    from adaptfleet.contracts.serving import ReplicaRange
-    from adaptfleet.on_ray.serve.deploy import deploy
-
-    resting = ReplicaRange(min=0, max=1, upscale_delay_s=0, downscale_delay_s=1)
-    deploy(fleet.spec.model_copy(update={"replicas": resting}), port=int(httpx.URL(fleet.url).port or 0))
-    _await_count(0)
-
-    async def main() -> list[Outcome]:
-        async with client_of(fleet) as client:
-            return list(await asyncio.gather(*(ask(client, Outcome(), model, "Anybody? ", 8) for model in ("tiny", ADAPTERS[0]))))
-
-    for outcome in asyncio.run(main()):
-        assert outcome.finished, outcome
-        assert not outcome.error, outcome
-
-
-def _await_count(count: int) -> None:
-    import time
-
-    from ray import serve
-    from ray.serve.schema import ReplicaState
-
-    until = time.monotonic() + 300
-    while time.monotonic() < until:
-        application = serve.status().applications["adaptfleet"]
-        replicas = application.deployments["endpoint"].replica_states
-        if application.status == "RUNNING" and replicas == ({ReplicaState.RUNNING: count} if count else {}):
-            return
-        time.sleep(0.2)
-    raise AssertionError(f"{replicas} instead of {count}")

@@ -195,11 +195,12 @@ def _streams_through_haproxy() -> bool:
 def _routing() -> dict[str, Any]:
     if not _streams_through_haproxy():
         return {}
-    return {
-        "request_router_config": RequestRouterConfig(
-            request_router_class=AffinityRouter, request_routing_stats_period_s=_REPORT_S, request_routing_stats_timeout_s=10.0
-        )
+    settings: dict[str, Any] = {
+        "request_router_class": AffinityRouter,
+        "request_routing_stats_period_s": _REPORT_S,
+        "request_routing_stats_timeout_s": 10.0,
     }
+    return {"request_router_config": RequestRouterConfig(**settings)}
 
 
 def _scaling(spec: ServingSpec) -> dict[str, Any]:

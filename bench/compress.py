@@ -38,7 +38,7 @@ WORK = REPOSITORY / "build" / "bench-compress"
 PIECE_CHARS = 1500
 NUM_OTHER_PIECES, NUM_GENERAL_PIECES = 64, 192
 NUM_CALIBRATION, NUM_SCORED, NUM_PARITY_ROWS, ROUNDS = 32, 16, 8, 3
-PRUNE = {"kind": "prune", "mlp_width": 0.2}
+PRUNE = {"kind": "prune", "mlp_width": 0.2, "refit": True}
 RECOVER = {
     "kind": "recover",
     "method": {"kind": "lora", "rank": 32, "alpha": 64},

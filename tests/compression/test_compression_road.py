@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from adaptfleet.contracts.evaluating import EvaluateJob
+from adaptfleet.contracts.model import ModelSpec
+from adaptfleet.core.models.device import model_dtype
 from adaptfleet.on_ray.compress.recipe_folder import steps_folder
 from adaptfleet.on_ray.evaluate.subjects import resolve_subjects
 from adaptfleet.store.registry import Registry
@@ -51,7 +54,7 @@ def test_the_whole_road_and_a_kill_on_the_way(embedded_home: Path, small_base: P
         (TEST_HOME / "environments").mkdir(parents=True, exist_ok=True)
         environments.symlink_to(TEST_HOME / "environments")
     job = {
-        "model": {"source": str(small_base), "dtype": "float32"},
+        "model": {"source": str(small_base)},
         "calibration": {"data": {"train": str(sums)}, "num_rows": 32},
         "proof": {"max_rows": 8, "num_resamples": 200, "rounds": 1},
         "steps": [
@@ -81,8 +84,10 @@ def test_the_whole_road_and_a_kill_on_the_way(embedded_home: Path, small_base: P
     assert {name: after[name] for name in before} == before, "earlier steps are taken as they are"
     assert half_made() == []
     metrics = Registry.open().resolve("chain").metrics
-    # float32 in the engine and here: what differs is the order of sums, and where a rounded input lands on an edge
-    assert metrics["engine_parity"] == pytest.approx(1, abs=0.01)
+    # the same type in the engine and here: what differs is the order of sums, and where a rounded input lands on an edge; in bfloat16 both
+    # round each sum to 1/256
+    tolerance = 0.03 if model_dtype(ModelSpec()) == torch.bfloat16 else 0.01
+    assert metrics["engine_parity"] == pytest.approx(1, abs=tolerance)
     assert metrics["perplexity_ratio_in_domain"] < 0.7, "healed on its own domain, it beats the parent"
     assert metrics["decode_tokens_per_s_b16"] > 0 and metrics["kv_cache_tokens"] > 1000 and metrics["bytes_ratio"] < 0.6
     assert metrics["perplexity_ratio_in_domain_recovered"] == pytest.approx(metrics["perplexity_ratio_in_domain"], rel=0.2), (

@@ -22,7 +22,6 @@ from adaptfleet.core.quantization.fit import check_fit, dense_bytes, fused_units
 from adaptfleet.core.quantization.knapsack import Option, fill
 from adaptfleet.core.quantization.rounding import quantize
 from adaptfleet.core.quantization.sensitivity import harm, rounded_weight
-from adaptfleet.on_ray.compress.engine_proof import engine_proof
 from tests.compression.conftest import CONFIGS, make_model, make_rows
 
 
@@ -243,16 +242,3 @@ def test_what_is_no_whole_checkpoint_is_refused(compression_home: Path, small_ba
         save_file({"model.norm.weight": file.get_tensor("model.norm.weight")}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="no whole checkpoint of LlamaForCausalLM"):
         load_compressed(tmp_path, torch.float32)
-
-
-@pytest.mark.slow
-def test_a_rounded_head_and_embedding_in_the_engine(compression_home: Path, small_base: Path, tmp_path: Path) -> None:
-    """The engine, with the plug-in, finds of each token what is found here from the same codes; the vocabulary is padded in it."""
-    model = rounded(small_base, tmp_path / "out", Quantize(head="w8a8", embedding="w8"), untie=True)
-    row = make_rows()[0]
-    engine = engine_proof(tmp_path / "out", "float32", [(row.input_ids, row.label_mask)], 1, 1)
-    with torch.no_grad():
-        log_q = model(torch.tensor([row.input_ids])).logits[0, :-1].log_softmax(-1)
-    nats = -float(log_q.gather(1, torch.tensor(row.input_ids[1:])[:, None]).sum())
-    # an input of the 8-bit kernel may land on the other side of an edge
-    assert engine.nats == pytest.approx(nats, rel=0.02)

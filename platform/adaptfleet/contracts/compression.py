@@ -35,8 +35,9 @@ class Prune(Spec):
     """Decoder layers, those that change the residual stream least (arXiv 2403.03853)."""
     round_to: Literal[32, 64, 128] = 64
     """Widths left are multiples of it."""
-    refit: bool = True
-    """Fit what stays of each projection to what the whole one gave on the calibration rows, by least squares: heals a good part at once."""
+    refit: bool = False
+    """Fit what stays of each projection to what the whole one gave on the calibration rows, by least squares. Wants several times as many
+    tokens in these rows as the projection has inputs."""
 
 
 class Recover(Spec):

@@ -14,12 +14,13 @@ from adaptfleet.contracts.compression import CalibrationSpec, CompressJob, Prune
 from adaptfleet.contracts.data import DataSpec
 from adaptfleet.contracts.errors import AdaptfleetError, ContractError, DataError, StoreError
 from adaptfleet.contracts.home import home, store_url
-from adaptfleet.contracts.schemes import Mixed
+from adaptfleet.contracts.schemes import W8A8, Mixed
 from adaptfleet.contracts.serving import ServingSpec
 from adaptfleet.core.data.datasets import open_dataset
 from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.sample_order import epoch_order
+from adaptfleet.core.models.device import cpu_flags
 from adaptfleet.core.models.loading import base_revision, load_tokenizer, resolve_model_folder
 from adaptfleet.core.pruning.layout import planned_sizes
 from adaptfleet.core.pruning.slicing import planned_config
@@ -167,6 +168,11 @@ def _planned(job: CompressJob, config: PretrainedConfig, full: Shapes) -> Shapes
             "head: w8a8, and embedding: w8 for no more bytes than before."
         )
     scheme = quantize.scheme
+    if job.proof.engine and job.model.dtype == "float32" and isinstance(scheme, W8A8 | Mixed) and "amx_int8" in cpu_flags():
+        raise ContractError(
+            "model.dtype is float32, but vLLM's 8-bit kernel on this CPU (AMX) takes bfloat16 alone; write model.dtype: auto, or "
+            "proof.engine: false."
+        )
     if isinstance(scheme, Mixed):
         ends = end_bytes(shapes, quantize)
         least, most = (

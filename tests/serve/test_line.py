@@ -84,8 +84,32 @@ def test_a_client_that_hangs_up_itself() -> None:
         return {"type": "http.disconnect"}
 
     handler = Handler(3600)
-    assert _run(handler, gone)[0] is True
+    result, sent = _run(handler, gone)
+    assert result is True
     assert handler.ended == "broken off"
+    assert sent == ["http.response.start"], "what vLLM says to nobody is not sent"
+
+
+def test_who_hangs_up_after_a_whole_answer_is_not_gone() -> None:
+    async def run(answers_first: bool) -> bool:
+        async def gone() -> Any:
+            return {"type": "http.disconnect"}
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            if answers_first:
+                await send({"type": "http.response.body", "body": b"x"})
+            assert (await receive())["type"] == "http.disconnect"
+
+        async def send(message: Any) -> None:
+            return
+
+        line = Line(b"asked", gone)
+        await line.serve(application, SCOPE, send)
+        return line.is_gone
+
+    assert asyncio.run(run(answers_first=False))
+    assert not asyncio.run(run(answers_first=True))
 
 
 def test_what_the_application_raises_is_raised() -> None:

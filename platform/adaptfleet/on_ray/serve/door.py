@@ -225,8 +225,8 @@ class Door:
                 ours += span.headers
             kept = [header for header in scope["headers"] if header[0].lower() not in _OURS]
             within_s = self._tenancy.policy(caller.tenant).max_request_s
+            line = Line(body, receive)
             try:
-                line = Line(body, receive)
                 if not await line.serve(self._application, {**scope, "headers": kept + ours}, call.send, within_s):
                     await call.out_of_time(within_s or 0.0)
             finally:
@@ -234,6 +234,8 @@ class Door:
                 call.prompt_tokens, call.output_tokens = grant.prompt_tokens, grant.output_tokens
                 if span is not None:
                     span.end(call.model, call.tenant, call.status, call.prompt_tokens, call.output_tokens)
+                if line.is_gone:  # whatever vLLM made of it
+                    raise ClientGoneError
         if served.shadow is not None and call.klass is None:
             self._shadows.copy(caller, call.path, request, served.shadow.reference)
 

@@ -17,6 +17,13 @@ class Line:
         self._body: bytes | None = body
         self._receive = receive
         self._cut = asyncio.Event()
+        self._is_whole = False
+        self._hung_up = False
+
+    @property
+    def is_gone(self) -> bool:
+        """The client hung up before its answer was whole."""
+        return self._hung_up and not self._is_whole
 
     async def receive(self) -> Message:
         if self._body is not None:
@@ -25,7 +32,12 @@ class Line:
         waiting = [asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._cut.wait())]
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            return {"type": "http.disconnect"} if self._cut.is_set() else waiting[0].result()  # type: ignore[return-value]
+            if self._cut.is_set():
+                return {"type": "http.disconnect"}
+            message: Message = waiting[0].result()  # type: ignore[assignment]
+            if message["type"] == "http.disconnect":
+                self._hung_up = True
+            return message
         finally:
             for task in waiting:
                 task.cancel()
@@ -56,7 +68,9 @@ class Line:
         """What vLLM says to a client that is gone is not said."""
 
         async def forward(message: Message) -> None:
-            if not self._cut.is_set():
-                await send(message)
+            if self._cut.is_set() or self.is_gone:
+                return
+            self._is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
 
         return forward

@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart serve stop check check-k8s test test-slow test-all bench bench-train bench-elastic bench-serve bench-compress clean
+.PHONY: help setup doctor quickstart serve stop check check-k8s test test-slow test-all test-gpu bench bench-train bench-elastic bench-serve bench-compress clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -42,6 +42,9 @@ test-slow: setup  ## the slow tests
 	$(PYTEST) -m "slow and not gpu"
 
 test-all: test test-slow  ## both
+
+test-gpu: setup  ## what needs a GPU, on a machine that has one (BUILD=gpu)
+	$(PYTEST) -m gpu
 
 bench: setup  ## every benchmark, into bench/results/*.json
 	$(BIN)/python bench/rescore.py

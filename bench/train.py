@@ -7,7 +7,7 @@ speed    the contenders of `bench/trainers.py` live side by side and train three
          trl_best      SFTTrainer at the best settings found: bfloat16 weights, packing, no gradient checkpointing, its fused loss
          trl_default   SFTTrainer as it comes: float32 weights, autocast, padding, gradient checkpointing, 8 rows a step
          llamafactory  its packing without leakage, bfloat16 weights, no gradient checkpointing
-scaling  fine-tuning jobs on a local cluster, one thread a worker: one worker, two, one, two
+scaling  fine-tuning jobs on a local cluster, one thread a worker: one worker, two, and so on for each round
 
 tokens_per_s leaves out the first turn (compiling, caches); padding counts for nobody. peak_rss_mb is the process's own. `ours` begins
 with the weights of trl_best and sees its examples in its order, so that losses can be compared step by step; held_out_loss is measured by
@@ -36,7 +36,9 @@ sys.path[:0] = [str(REPOSITORY / "platform"), str(REPOSITORY / "bench")]
 RESULTS = REPOSITORY / "bench" / "results" / "train.json"
 PEERS, FACTORY = REPOSITORY / "build" / "peers", REPOSITORY / "build" / "peers-llamafactory"
 TRL, LLAMAFACTORY = "1.16.0", "0.9.5"
-SCALING_STEPS, SCALING_WARM_STEPS, SCALING_PACKS = 7, 2, 4
+SHORT_STEPS = 9
+"""Of the contenders whose losses are compared with nobody's."""
+SCALING_STEPS, SCALING_WARM_STEPS, SCALING_PACKS = 8, 2, 4
 FACTORY_NOTE = "pip installs it with its own torch, transformers and peft; padding-free attention of its own needs FlashAttention, a GPU's"
 
 
@@ -123,7 +125,8 @@ def speed(steps: int, names: list[str], variant: dict[str, Any]) -> dict[str, An
                 print(f"{name} does not install here and is left out")
                 continue
             print(f"{name} ...", flush=True)
-            contenders.append(Contender(name, python, steps, work, variant if name == "trl_best" else None))
+            length = steps if name in ("trl_best", "ours") else min(steps, SHORT_STEPS)
+            contenders.append(Contender(name, python, length, work, variant if name == "trl_best" else None))
         while any(contender.is_training for contender in contenders):
             for contender in contenders:
                 if contender.is_training:
@@ -151,7 +154,8 @@ def compared(found: dict[str, Any]) -> dict[str, Any]:
     for name, key in (("trl_best", "trl_best"), ("trl_default", "trl_default"), ("llamafactory", "llamafactory")):
         if name in found:
             figures[f"ratio_vs_{key}"] = round(ours["tokens_per_s"] / found[name]["tokens_per_s"], 3)
-            by_turn = [a / b for a, b in zip(ours["tokens_per_s_by_turn"], found[name]["tokens_per_s_by_turn"], strict=True)]
+            # those that end sooner are compared while they run
+            by_turn = [a / b for a, b in zip(ours["tokens_per_s_by_turn"], found[name]["tokens_per_s_by_turn"], strict=False)]
             figures[f"ratio_vs_{key}_by_turn"] = [round(ratio, 2) for ratio in by_turn]
     if "trl_best" in found:
         theirs = found["trl_best"]
@@ -232,7 +236,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--only", nargs="+", choices=["speed", "scaling"], default=["speed", "scaling"])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, default=2, help="of scaling")
+    parser.add_argument("--rounds", type=int, default=1, help="of scaling")
     parser.add_argument("--variant", type=json.loads, default={}, help="other settings of trl_best, as JSON, to look for better ones")
     arguments = parser.parse_args()
     if "speed" in arguments.only:

@@ -102,7 +102,9 @@ def test_float32_updates_are_those_of_adamw() -> None:
         adam.zero_grad()
     # LoRA's A begins at random: both models drew it after the same seed
     for (name, a), (_, b) in zip(ours.named_parameters(), reference.named_parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+        # the same gradients may be summed in another order, as memory happens to lie: 1e-5 of one, of an update of 1e-2, in each of 4;
+        # the decay alone moves a weight by 1e-4
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=4e-7, msg=name)
 
 
 def test_small_updates_are_not_lost_in_bfloat16() -> None:

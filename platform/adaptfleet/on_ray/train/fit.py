@@ -1,6 +1,8 @@
 """The part of a fine-tune that runs on the cluster."""
 
+import json
 import os
+from pathlib import Path
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
@@ -10,12 +12,15 @@ from ray.train.v2.api.config import ScalingConfig  # ray.train's own name is typ
 from adaptfleet.contracts.distillation import Distillation
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import ClusterSpec, FinetuneJob
+from adaptfleet.contracts.methods import QLora
+from adaptfleet.core.models.loading import resolve_model_folder
 from adaptfleet.on_ray.distill.scoring import score_rows
+from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.on_ray.train.failures import FailureCount
 from adaptfleet.on_ray.train.places import equal_share, shortage
 from adaptfleet.on_ray.train.progress import ProgressTeller
 from adaptfleet.on_ray.train.run_folder import RunFolder
-from adaptfleet.on_ray.train.worker import train_worker
+from adaptfleet.on_ray.train.start import train_worker
 
 # Ray Train looks at its workers and at draining nodes rarely; a lost worker or a notice should cost seconds.
 _WATCHFUL = {
@@ -37,7 +42,12 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
             score_rows(job, folder, cpus, gpus)
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job.model_dump_json(), "folder": str(folder.path), "num_cpus": cpus},
+            train_loop_config={
+                "job": job.model_dump_json(),
+                "folder": str(folder.path),
+                "num_cpus": cpus,
+                "needs_bitsandbytes": needs_bitsandbytes(job, folder),
+            },
             scaling_config=ScalingConfig(
                 num_workers=cluster.workers if isinstance(cluster.workers, int) else (cluster.min_workers, cluster.max_workers),
                 use_gpu=gpus > 0,
@@ -54,6 +64,14 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
         )
         with ProgressTeller(folder):
             trainer.fit()
+
+
+def needs_bitsandbytes(job: FinetuneJob, folder: RunFolder) -> bool:
+    """QLoRA, and a base or teacher that lies on disk in its formats."""
+    teacher = ((folder.read_json("facts.json") or {}).get("teacher") or {}).get("folder")
+    folders = [resolve_model_folder(at_hand(job.model)), *([Path(teacher)] if teacher else [])]
+    configs = [json.loads((place / "config.json").read_text()) for place in folders]
+    return isinstance(job.method, QLora) or any("bitsandbytes" in str(config.get("quantization_config")) for config in configs)
 
 
 def worker_resources(cluster: ClusterSpec) -> tuple[int, float]:

@@ -23,6 +23,7 @@ from adaptfleet.core.compilation import compile_layers, should_compile
 from adaptfleet.core.data.examples import Example
 from adaptfleet.core.evaluation.held_out import answer_scores, greedy_answers, held_out_loss, held_out_preferences
 from adaptfleet.core.export import export_model
+from adaptfleet.core.kernels import fuse_kernels
 from adaptfleet.core.loop import Trainer, rows_per_pass
 from adaptfleet.core.methods.adaptation import AdaptedModel
 from adaptfleet.core.methods.choice import adaptation
@@ -42,7 +43,7 @@ from adaptfleet.on_ray.train.samples import write_after, write_before
 from adaptfleet.on_ray.train.tracking import open_trackers
 
 
-def train_worker(config: dict[str, Any]) -> None:
+def train(config: dict[str, Any]) -> None:
     """Runs on each worker. An error of contract or data ends the run; any other is a fault, which Ray Train answers by a restart."""
     folder = RunFolder(Path(config["folder"]))
     if folder.read_json("failure.json") is not None:
@@ -136,6 +137,7 @@ class _FinetuneWorker:
         method = self.job.method
         quantized = quantization_config(method, model_dtype(self.job.model)) if isinstance(method, QLora) else None
         base, self.tokenizer, _ = load_base(at_hand(self.job.model), quantization=quantized, on=self.loads_on)
+        fuse_kernels(base)
         if quantized:
             keep_as_quantized(base)
         if check:

@@ -1,0 +1,31 @@
+"""Where a worker begins: light to import, so that what is heavy is imported in the quickest way. A lost worker costs that time."""
+
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any
+
+HIDDEN = "bitsandbytes"
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Runs on each worker; `config` is what `worker.train` takes."""
+    imported(config["needs_bitsandbytes"])(config)
+
+
+def imported(needs_bitsandbytes: bool) -> Callable[[dict[str, Any]], None]:
+    """`worker.train` and the five thousand modules it needs.
+
+    The garbage collector would look again and again at objects that all stay: without it they come in a fifth less time. And peft imports
+    bitsandbytes wherever it is installed (peft/helpers.py), which brings PyTorch's compiler along: two seconds, for weights in 4 or 8 bits
+    alone. For other runs it counts as not installed in this process; to go once peft imports it where it is used.
+    """
+    if not needs_bitsandbytes:
+        sys.modules.setdefault(HIDDEN, None)  # type: ignore[arg-type]  # what Python takes for "there is none"
+    gc.disable()
+    try:
+        from adaptfleet.on_ray.train.worker import train
+    finally:
+        gc.enable()
+    gc.freeze()
+    return train

@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart serve stop check check-k8s test test-slow test-all test-gpu bench bench-train bench-elastic bench-serve bench-compress clean
+.PHONY: help setup doctor quickstart serve stop check check-k8s test test-slow test-all bench bench-train bench-elastic bench-serve bench-compress clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -43,6 +43,7 @@ test-slow: setup  ## the slow tests
 
 test-all: test test-slow  ## both
 
+.PHONY: test-gpu
 test-gpu: setup  ## what needs a GPU, on a machine that has one (BUILD=gpu)
 	$(PYTEST) -m gpu
 

@@ -1,8 +1,6 @@
 """The part of a fine-tune that runs on the cluster."""
 
-import json
 import os
-from pathlib import Path
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
@@ -12,11 +10,9 @@ from ray.train.v2.api.config import ScalingConfig  # ray.train's own name is typ
 from adaptfleet.contracts.distillation import Distillation
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import ClusterSpec, FinetuneJob
-from adaptfleet.contracts.methods import QLora
-from adaptfleet.core.models.loading import resolve_model_folder
 from adaptfleet.on_ray.distill.scoring import score_rows
-from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.on_ray.train.failures import FailureCount
+from adaptfleet.on_ray.train.few_bits import needs_bitsandbytes
 from adaptfleet.on_ray.train.places import equal_share, shortage
 from adaptfleet.on_ray.train.progress import ProgressTeller
 from adaptfleet.on_ray.train.run_folder import RunFolder
@@ -64,14 +60,6 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
         )
         with ProgressTeller(folder):
             trainer.fit()
-
-
-def needs_bitsandbytes(job: FinetuneJob, folder: RunFolder) -> bool:
-    """QLoRA, and a base or teacher that lies on disk in its formats."""
-    teacher = ((folder.read_json("facts.json") or {}).get("teacher") or {}).get("folder")
-    folders = [resolve_model_folder(at_hand(job.model)), *([Path(teacher)] if teacher else [])]
-    configs = [json.loads((place / "config.json").read_text()) for place in folders]
-    return isinstance(job.method, QLora) or any("bitsandbytes" in str(config.get("quantization_config")) for config in configs)
 
 
 def worker_resources(cluster: ClusterSpec) -> tuple[int, float]:

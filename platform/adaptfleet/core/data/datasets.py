@@ -195,7 +195,7 @@ def last_held_out(prompts: Sequence[npt.NDArray[np.uint64]], test_fraction: floa
 
 def _leak(index: DatasetIndex, train: RowNumbers, prompts: npt.NDArray[np.uint64]) -> DataError | None:
     places = np.unique(prompts[index.test])
-    first = np.full(len(places), -1, dtype=np.int64)
+    first = np.full(len(places), -1, dtype=np.int32)
     for begin in range(0, len(train), _SOUGHT_TOGETHER):
         some = train[begin : begin + _SOUGHT_TOGETHER]
         at = np.searchsorted(places, prompts[some]).clip(max=len(places) - 1)

@@ -3,7 +3,8 @@
 import gc
 import sys
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 HIDDEN = "bitsandbytes"
 
@@ -21,7 +22,7 @@ def imported(needs_bitsandbytes: bool) -> Callable[[dict[str, Any]], None]:
     alone. For other runs it counts as not installed in this process; to go once peft imports it where it is used.
     """
     if not needs_bitsandbytes:
-        sys.modules.setdefault(HIDDEN, None)  # type: ignore[arg-type]  # what Python takes for "there is none"
+        sys.modules.setdefault(HIDDEN, cast(ModuleType, None))  # what Python takes for "there is none"
     gc.disable()
     try:
         from adaptfleet.on_ray.train.worker import train

@@ -206,6 +206,13 @@ def test_too_little_disk(small_base: Path, sums: Path) -> None:
     assert f"the recipe writes {2 * (num_bytes + 2**25):,} there" in str(caught.value) and "bytes free" in str(caught.value)
 
 
+def test_too_little_disk_counts_what_is_turned_on_the_way(small_base: Path, sums: Path) -> None:
+    huge = Shapes({"model.layers.0.mlp.up_proj": (2**22, 2**22)}, (10, 10), (10, 10), True, 0)
+    job = contract(small_base, sums, {"kind": "quantize", "rotate": True, "head": "w8a8", "embedding": "w8"})
+    with pytest.raises(StoreError, match=rf"rotate {2 * (2**44 + 200) + 2**25:,}, quantize "):
+        check_disk(job, huge)
+
+
 def test_a_run_of_another_contract(small_base: Path, sums: Path) -> None:
     run_compression(contract(small_base, sums, {"kind": "prune"}, run="mine"))
     with pytest.raises(TrainingError, match="was begun with another contract"):

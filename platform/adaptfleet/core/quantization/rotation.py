@@ -8,6 +8,8 @@ projection. The model computes what it computed; adapters of it, which read the 
 Shapes: D residual channels, O outputs, I inputs, H heads (or groups), S size of a head.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -34,26 +36,27 @@ def rotate(model: PreTrainedModel, seed: int = 0) -> None:
         raise ModelError(f"rotate works for {', '.join(ROTATABLE)}, not for {config.model_type}; leave it out.")
     layout, size = layout_of(config), head_size(config)
     stream_DD, values_SS = orthogonal(config.hidden_size, seed), orthogonal(size, seed + 1)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     untie(model)
-    _read(head, model.get_submodule(layout.last_norm), stream_DD)
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    last_norm: Any = model.get_submodule(layout.last_norm)
+    _read(head, last_norm, stream_DD)
     _set(embedding, embedding.weight.double() @ stream_DD)
+    last_norm.weight.fill_(1.0)
     for block in layout.blocks(model):
-        attention_norm, mlp_norm = (block.get_submodule(name) for name in layout.norms)
+        norms: list[Any] = [block.get_submodule(name) for name in layout.norms]
         for name in (layout.query, *layout.key_value):
-            _read(block.get_submodule(name), attention_norm, stream_DD)
+            _read(block.get_submodule(name), norms[0], stream_DD)
         for name in layout.mlp_in:
-            _read(block.get_submodule(name), mlp_norm, stream_DD)
-        for norm in (attention_norm, mlp_norm):
-            norm.weight.fill_(1.0)  # type: ignore[operator, union-attr]
-        out, value = block.get_submodule(layout.attention_out), block.get_submodule(layout.key_value[-1])
-        _turn_values(value, out, values_SS)
-        for writer in (out, block.get_submodule(layout.mlp_out)):
-            _write(writer, stream_DD)
-    model.get_submodule(layout.last_norm).weight.fill_(1.0)  # type: ignore[operator, union-attr]
+            _read(block.get_submodule(name), norms[1], stream_DD)
+        for norm in norms:
+            norm.weight.fill_(1.0)
+        _turn_values(block.get_submodule(layout.key_value[-1]), block.get_submodule(layout.attention_out), values_SS)
+        for writer in (layout.attention_out, layout.mlp_out):
+            _write(block.get_submodule(writer), stream_DD)
 
 
-def untie(model: PreTrainedModel) -> None:
+def untie(model: Any) -> None:
     """The output head's weights become its own."""
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -62,26 +65,26 @@ def untie(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = {}
 
 
-def _read(linear: nn.Module, norm: nn.Module, stream_DD: torch.Tensor) -> None:
+def _read(linear: Any, norm: Any, stream_DD: torch.Tensor) -> None:
     """W diag(norm) R: it takes the turned stream, and the norm's weights are its own."""
-    _set(linear, (linear.weight.double() * norm.weight.double()) @ stream_DD)  # type: ignore[operator]
+    _set(linear, (linear.weight.double() * norm.weight.double()) @ stream_DD)
 
 
-def _write(linear: nn.Module, stream_DD: torch.Tensor) -> None:
+def _write(linear: Any, stream_DD: torch.Tensor) -> None:
     """R^T W: it gives the turned stream."""
-    _set(linear, stream_DD.T @ linear.weight.double(), None if linear.bias is None else linear.bias.double() @ stream_DD)  # type: ignore[operator, union-attr]
+    _set(linear, stream_DD.T @ linear.weight.double(), None if linear.bias is None else linear.bias.double() @ stream_DD)
 
 
-def _turn_values(value: nn.Module, out: nn.Module, values_SS: torch.Tensor) -> None:
+def _turn_values(value: Any, out: Any, values_SS: torch.Tensor) -> None:
     """Attention adds values up with weights, head by head, so a turn of each head's values goes through it."""
     size = len(values_SS)
-    weight_HSI = value.weight.double().unflatten(0, (-1, size))  # type: ignore[operator]
-    bias = None if value.bias is None else (value.bias.double().unflatten(0, (-1, size)) @ values_SS).flatten()  # type: ignore[operator, union-attr]
+    weight_HSI = value.weight.double().unflatten(0, (-1, size))
+    bias = None if value.bias is None else (value.bias.double().unflatten(0, (-1, size)) @ values_SS).flatten()
     _set(value, (values_SS.T @ weight_HSI).flatten(0, 1), bias)
-    _set(out, (out.weight.double().unflatten(1, (-1, size)) @ values_SS).flatten(1))  # type: ignore[operator]
+    _set(out, (out.weight.double().unflatten(1, (-1, size)) @ values_SS).flatten(1))
 
 
-def _set(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    module.weight.copy_(weight)  # type: ignore[operator, union-attr]
+def _set(module: Any, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    module.weight.copy_(weight)
     if bias is not None:
-        module.bias.copy_(bias)  # type: ignore[operator, union-attr]
+        module.bias.copy_(bias)

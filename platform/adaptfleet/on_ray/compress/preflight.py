@@ -205,7 +205,12 @@ def check_disk(job: CompressJob, shapes: Shapes) -> None:
     steps = {"prune": dense_bytes(shapes), "recover": dense_bytes(shapes) // 10, "merge": dense_bytes(shapes)}
     if quantize:
         steps["quantize"] = steps["tune"] = planned_bytes(shapes, quantize)
-    made = {step.kind: steps[step.kind] + _TOKENIZER_BYTES for step in job.steps if step.kind in steps}
+    if quantize and quantize.rotate:
+        # a copy that the rounding reads, with a head of its own
+        rows, width = shapes.embedding
+        steps = {"rotate": dense_bytes(shapes) + (2 * rows * width if shapes.is_tied else 0)} | steps
+    kinds = [kind for step in job.steps for kind in (("rotate", "quantize") if step.kind == "quantize" else (step.kind,))]
+    made = {kind: steps[kind] + _TOKENIZER_BYTES for kind in kinds if kind in steps}
     last = list(made.values())[-1]
     wanted: dict[Path, int] = {home(): sum(made.values())}
     store = urlparse(store_url())

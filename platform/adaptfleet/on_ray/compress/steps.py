@@ -1,6 +1,7 @@
 """What each step of a recipe makes of a checkpoint's folder."""
 
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -114,10 +115,12 @@ def round_weights(folder: Path, out: Path, step: Quantize, prepared: Prepared) -
     if not step.rotate:
         _round(folder, out, step, prepared, untie=step.head != "keep" and prepared.shapes.is_tied)
         return
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.rotated-", dir=out.parent) as scratch:
+    # by its name and this process's number it is found and removed after a kill, as the step's own folder is
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", suffix=f".{os.getpid()}", dir=out.parent) as scratch:
         model, tokenizer, _ = load_base(ModelSpec(source=str(folder)), dtype=torch.float32)
         rotate(model)
-        export_model(model.to(checkpoint_dtype(folder)), tokenizer, Path(scratch))
+        torch.nn.Module.to(model, checkpoint_dtype(folder))
+        export_model(model, tokenizer, Path(scratch))
         _round(Path(scratch), out, step, prepared, untie=False)
 
 

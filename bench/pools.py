@@ -210,11 +210,12 @@ def _is_served(status: dict[str, Any]) -> bool:
 PARTS: dict[str, Callable[[Any, Path], dict[str, Any]]] = {"scale": measure_scale, "spot": measure_spot, "service": measure_service}
 
 
-def merge_results(found: dict[str, Any]) -> None:
-    """Into the section `pools`, whole or not at all."""
+def merge_results(part: str, found: dict[str, Any]) -> None:
+    """Into the section `pools`, whole or not at all. Above its CPUs, the load says that times are of a machine with other work."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs"
-    results["pools"] = {**results.get("pools", {}), "machine": machine, **found}
+    load = {**results.get("pools", {}).get("load_average", {}), part: round(os.getloadavg()[1], 1)}
+    results["pools"] = {**results.get("pools", {}), "machine": machine, "load_average": load, **found}
     unfinished = RESULTS.with_suffix(".tmp")
     unfinished.write_text(json.dumps(results, indent=1) + "\n")
     unfinished.replace(RESULTS)
@@ -240,7 +241,7 @@ def main() -> None:
         for part in chosen:
             with DevCluster.start(REPOSITORY, {"ADAPTFLEET_HOME": folder}, logs_to=REPOSITORY / "build" / "bench-logs" / part) as dev:
                 found = PARTS[part](dev, place)
-            merge_results(found)
+            merge_results(part, found)
             print(json.dumps(found, indent=1))
     print(f"written: {RESULTS.relative_to(REPOSITORY)}")
 

@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor quickstart serve stop check check-k8s test test-slow test-all bench bench-train bench-elastic bench-serve bench-compress clean
+.PHONY: help setup doctor quickstart serve stop check check-k8s test test-slow test-all bench bench-train bench-elastic bench-serve bench-compress bench-sweep clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -67,6 +67,9 @@ bench-serve: setup  ## serving: the endpoint against bare vLLM, many adapters, k
 
 bench-compress: setup  ## compression: bytes, perplexity and speed of each recipe against the bf16 parent
 	$(BIN)/python bench/compress.py
+
+bench-sweep: setup  ## search: the joint space against independent trials and random search
+	$(BIN)/python bench/sweep.py
 
 clean:  ## remove caches and build output; .venv, ~/.adaptfleet and results stay
 	rm -rf build .ruff_cache .mypy_cache .import_linter_cache .hypothesis

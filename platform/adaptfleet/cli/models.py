@@ -15,6 +15,7 @@ from adaptfleet.store.index import Listing
 from adaptfleet.store.lineage import Ancestry, ancestry
 from adaptfleet.store.records import AliasSplit
 from adaptfleet.store.registry import Registry
+from adaptfleet.store.sweep_points import is_point, version_of_point
 
 _REFERENCE = "NAME (its alias prod), NAME@3 (version 3) or NAME@canary (an alias)"
 _EPILOG = """\
@@ -26,6 +27,7 @@ A version never changes; an alias is moved. `NAME` alone means the alias prod of
   adaptfleet models promote address-json@canary          prod points to where canary points
   adaptfleet models promote address-json@3 --alias canary
   adaptfleet models promote address-json@3 --require 'exact_match>=0.8' --require 'perplexity<1.2'
+  adaptfleet models promote sweep/address-joint#rank8-ratio0-bits8   prod of the finalists' name points to this point of a sweep
   adaptfleet models rollback address-json                prod returns to where it pointed before
   adaptfleet models split address-json 3=95 4=5          a canary: version 4 for five users of a hundred
   adaptfleet models rollback address-json                ... taken back
@@ -42,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("show", help="one version: its files, base, metrics, evaluations and what it was made from")
     show.add_argument("reference", help=_REFERENCE)
     promote = actions.add_parser("promote", help="point an alias at a version; served from the next request on, with no restart")
-    promote.add_argument("reference", metavar="NAME@VERSION", help="the version that the alias shall mean: NAME@3, or NAME@canary")
+    promote.add_argument(
+        "reference",
+        metavar="NAME@VERSION",
+        help="the version that the alias shall mean: NAME@3, NAME@canary, or a point of a sweep, sweep/NAME#POINT",
+    )
     promote.add_argument("--alias", default=DEFAULT_ALIAS, help="the alias to move (default: %(default)s)")
     promote.add_argument(
         "--require",
@@ -166,6 +172,8 @@ def _show(registry: Registry, reference: str, as_json: bool) -> int:
 
 def _promote(registry: Registry, reference: str, alias: str, required: list[str], as_json: bool) -> int:
     requirements = [Requirement.parse(text) for text in required]
+    if is_point(reference):
+        reference = version_of_point(registry, reference).reference
     if "@" not in reference:
         known = ", ".join(f"{reference}@{version}" for version in registry.versions(reference)[-5:])
         raise ContractError(

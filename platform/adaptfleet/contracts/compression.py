@@ -39,6 +39,10 @@ class Prune(Spec):
     """Fit what stays of each projection to what the whole one gave on the calibration rows, by least squares. Wants several times as many
     tokens in these rows as the projection has inputs."""
 
+    @property
+    def takes_nothing(self) -> bool:
+        return not (self.mlp_width or self.kv_groups or self.hidden_width or self.layers)
+
 
 class Recover(Spec):
     """Training that heals what pruning or rounding broke, through the fine-tuning job's own trainer; `text` rows, whose every token counts,

@@ -77,9 +77,24 @@ def parse_contract(kind: type[S], text: str, overrides: Sequence[str] = (), orig
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_offender(kind, e) for e in error.errors(include_url=False)]
+        lines = offenders(kind, error)
         count = "1 thing is" if len(lines) == 1 else f"{len(lines)} things are"
         raise ContractError(f"{origin}: {count} wrong.\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def read_yaml(file: Path) -> Any:
+    """What a YAML file holds, read as a contract is. ContractError: it cannot be read."""
+    try:
+        return _yaml(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ContractError(f"cannot read {file}: {error.strerror}.") from None
+    except (yaml.YAMLError, ContractError, UnicodeDecodeError) as error:
+        raise ContractError(f"{file} is no YAML: {error}") from None
+
+
+def offenders(kind: type[BaseModel], error: ValidationError) -> list[str]:
+    """A line for each thing that is wrong, by the keys that the user wrote."""
+    return [_offender(kind, e) for e in error.errors(include_url=False)]
 
 
 def _yaml(text: str) -> Any:

@@ -25,3 +25,16 @@ def joined_cluster() -> Iterator[None]:
                     os.environ[name] = earlier[name]
                 else:
                     del os.environ[name]
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Inside the block this process talks to the cluster that `ray.init()` finds; a connection that is there already, such as a task's own,
+    stays when the block ends."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    with ray.init():
+        yield

@@ -66,7 +66,7 @@ class _Scale:
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float]) -> None:
         self._x_low, self._x_high = _spread(min(xs), max(xs))
-        self._y_ticks = _ticks(*_spread(min(ys), max(ys)), 4)
+        self._y_ticks = round_ticks(*_spread(min(ys), max(ys)), 4)
         self._y_low, self._y_high = min(self._y_ticks[0], min(ys)), max(self._y_ticks[-1], max(ys))
 
     def x(self, value: float) -> float:
@@ -80,10 +80,12 @@ class _Scale:
         for tick in self._y_ticks:
             y = self.y(tick)
             parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{WIDTH - _RIGHT}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 3.5:.1f}" text-anchor="end">{_short(tick)}</text>')
-        for tick in _ticks(self._x_low, self._x_high, 5):
+            parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 3.5:.1f}" text-anchor="end">{short_number(tick)}</text>')
+        for tick in round_ticks(self._x_low, self._x_high, 5):
             if self._x_low <= tick <= self._x_high and tick == int(tick):
-                parts.append(f'<text class="tick" x="{self.x(tick):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{_short(tick)}</text>')
+                parts.append(
+                    f'<text class="tick" x="{self.x(tick):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{short_number(tick)}</text>'
+                )
         parts.append(f'<text class="tick" x="{WIDTH - _RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
         return "".join(parts)
 
@@ -117,7 +119,7 @@ def _spread(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _ticks(low: float, high: float, about: int) -> list[float]:
+def round_ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers (1, 2, 5 times a power of ten) from below `low` to above `high`."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
@@ -126,7 +128,7 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
     """At most about six characters: 1.2k, 3M, 5e-05."""
     for unit, size in (("M", 1e6), ("k", 1e4)):
         if abs(value) >= size:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from adaptfleet.contracts.errors import AdaptfleetError
+from adaptfleet.on_ray.joining import connected
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -18,7 +19,7 @@ def placed(function: Callable[P, R], *arguments: P.args, **keywords: P.kwargs) -
     # Ray reads its environment when it is imported.
     import ray
 
-    with ray.init(ignore_reinit_error=True):
+    with connected():
         num_gpus = int(ray.cluster_resources().get("GPU", 0) >= 1)
         num_cpus = max(1, int(ray.available_resources().get("CPU", 1)) if not num_gpus else 1)
         task: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=1)(_in_task)

@@ -80,7 +80,7 @@ def prepare(job: CompressJob, registry: Registry) -> Prepared:
     full = shapes_of(config, job.model.trust_remote_code)
     shapes = full
     try:
-        shapes = _planned(job, config, full)
+        shapes = planned_shapes(job, config, full)
     except AdaptfleetError as error:
         offenders.append(error)
 
@@ -148,7 +148,7 @@ def _fitting_adapter(name: str, revision: str, registry: Registry) -> Manifest:
     return manifest
 
 
-def _planned(job: CompressJob, config: PretrainedConfig, full: Shapes) -> Shapes:
+def planned_shapes(job: CompressJob, config: PretrainedConfig, full: Shapes) -> Shapes:
     """The shapes that the scheme will find. ContractError: what the architecture, the scheme or the budget forbids."""
     prune, quantize = job.step(Prune), job.step(Quantize)
     shapes = shapes_of(planned_config(config, planned_sizes(config, prune)), job.model.trust_remote_code) if prune else full

@@ -102,7 +102,7 @@ def prove(job: CompressJob, prepared: Prepared, folder: Path, adapter: Path | No
     recovered_rows: dict[str, list[RowResult]] = {}
     if adapter is not None:
         for domain, examples in prepared.held_out.items():
-            recovered_rows[domain] = _scored(job, f"recovered, {domain}", folder, examples, adapter)
+            recovered_rows[domain] = checkpoint_rows(job, f"recovered, {domain}", folder, examples, adapter)
 
     def ratios(over: dict[str, list[RowResult]], rows: dict[str, list[RowResult]]) -> dict[str, Interval]:
         drawn = {domain: perplexity_ratio(over[domain], scored) for domain, scored in rows.items()}
@@ -128,7 +128,7 @@ def measure_checkpoint(job: CompressJob, label: str, folder: Path, prepared: Pre
     rows: dict[str, list[RowResult]] = {}
     quality: dict[str, dict[str, Interval]] = {}
     for domain, examples in prepared.held_out.items():
-        rows[domain] = _scored(job, f"{label}, {domain}", folder, examples)
+        rows[domain] = checkpoint_rows(job, f"{label}, {domain}", folder, examples)
         quality[domain] = {
             name: confidence_interval(metric, job.proof.num_resamples)
             for name, metric in metrics_of(rows[domain]).items()
@@ -148,7 +148,8 @@ def measure_checkpoint(job: CompressJob, label: str, folder: Path, prepared: Pre
     return Measured(weights_bytes(folder), quality, engine, parity), rows
 
 
-def _scored(job: CompressJob, label: str, folder: Path, examples: list[Example], adapter: Path | None = None) -> list[RowResult]:
+def checkpoint_rows(job: CompressJob, label: str, folder: Path, examples: list[Example], adapter: Path | None = None) -> list[RowResult]:
+    """Each row's loss, and its answer where the proof asks for answers."""
     evaluation = EvaluateJob(
         subjects=(BaseSubject(),), answers=job.proof.answers, perplexity=True, max_new_tokens=job.proof.max_new_tokens, record=False
     )

@@ -34,10 +34,10 @@ def steps_folder() -> Path:
     return home() / "cache" / "compression"
 
 
-def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Made:
+def made_once(kind: str, key: str, make: Callable[[Path], None], root: Path | None = None) -> Made:
     """The folder of this key. `make` fills a new folder beside it, which takes its name when it is whole: a killed step leaves nothing that
-    counts, and what it did leave is removed here."""
-    folder = steps_folder() / f"{kind}-{key}"
+    counts, and what it did leave is removed here. `root`: where the folders stand, if not with those of all recipes."""
+    folder = (root or steps_folder()) / f"{kind}-{key}"
     if not folder.is_dir():
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
         for left in folder.parent.glob(f".{folder.name}.*"):

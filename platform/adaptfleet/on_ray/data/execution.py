@@ -13,6 +13,7 @@ from adaptfleet.contracts.errors import AdaptfleetError
 from adaptfleet.core.data.encoding import Faults
 from adaptfleet.core.data.token_cache import Encoder, Execute, Task, one_after_another
 from adaptfleet.core.data.tokens import SCHEMA
+from adaptfleet.on_ray.joining import connected
 
 log = logging.getLogger(__name__)
 LOCAL_ROWS = 50_000
@@ -35,7 +36,7 @@ def on_ray_data(encoder: Encoder, tasks: Sequence[Task]) -> Iterator[tuple[pa.Re
     import ray
     import ray.data
 
-    with ray.init(ignore_reinit_error=True):
+    with connected():
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False

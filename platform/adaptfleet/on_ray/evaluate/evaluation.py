@@ -17,6 +17,7 @@ from adaptfleet.on_ray.evaluate.outcome import Outcome, Scored, make_outcome, re
 from adaptfleet.on_ray.evaluate.progress import ProgressLine
 from adaptfleet.on_ray.evaluate.rows import load_rows
 from adaptfleet.on_ray.evaluate.subjects import LocalModel, Resolved, resolve_subjects
+from adaptfleet.on_ray.joining import connected
 from adaptfleet.store.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def _score_on_cluster(label: str, target: LocalModel, examples: list[Example], j
     """In a task of the cluster, on a GPU where it has one: a submitted job's own process has none. ADAPTFLEET_HOME must be shared."""
     import ray
 
-    with ray.init(ignore_reinit_error=True):
+    with connected():
         num_gpus = int(ray.cluster_resources().get("GPU", 0) >= 1)
         num_cpus = max(1, int(ray.available_resources().get("CPU", 1)) if not num_gpus else 1)
         task: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=1)(_score_task)

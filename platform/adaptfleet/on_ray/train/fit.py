@@ -11,6 +11,7 @@ from adaptfleet.contracts.distillation import Distillation
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import ClusterSpec, FinetuneJob
 from adaptfleet.on_ray.distill.scoring import score_rows
+from adaptfleet.on_ray.joining import connected
 from adaptfleet.on_ray.train.failures import FailureCount
 from adaptfleet.on_ray.train.few_bits import needs_bitsandbytes
 from adaptfleet.on_ray.train.places import equal_share, shortage
@@ -32,7 +33,7 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
     for name, value in _WATCHFUL.items():
         os.environ.setdefault(name, value)
     cluster = job.cluster
-    with ray.init(ignore_reinit_error=True):
+    with connected():
         cpus, gpus = worker_resources(cluster)
         if isinstance(job.objective, Distillation) and job.objective.source.kind == "offline":
             score_rows(job, folder, cpus, gpus)

@@ -283,5 +283,5 @@ class _FinetuneWorker:
 
     def _say(self, **values: Any) -> None:
         if self.is_first:
-            place = {"step": self.trainer.step, "num_steps": len(self.plan.steps), "pid": os.getpid()}
+            place = {"step": self.trainer.step, "num_steps": len(self.plan.steps), "pid": os.getpid(), "cpu_s": time.process_time()}
             self.folder.write_json("progress.json", {**place, **values})

@@ -1,6 +1,6 @@
 """The joint search against a full grid of independent trials and against a random search of the same cost.
 
-    python bench/sweep.py [--only search alone again] [--steps 30] [--seconds 540]
+    python bench/sweep.py [--only search alone again] [--small] [--seconds 540]
 
     search   the shipped joint space (27 points) as jobs/sweep.py runs it, to its published, measured front
     alone    each of the 27 points by itself: nothing shared, nothing ended early, its own baseline, as 27 jobs would
@@ -8,6 +8,7 @@
 
 Each piece goes on where it stopped: `--seconds` ends a call in time, by killing the search (kill -9) or between two points of the grid;
 what was measured is kept in build/bench-sweep. bench/results/sweep.json is written from whatever is there, and says how much that is.
+`--small` narrows the space to 12 points and shortens the trainings, for a machine with little time.
 
 Costs are CPU seconds of the steps (importance, pruning, training, merging, rounding, held-out loss), counted alike on both sides; the start
 of Ray's processes is in neither. The random search is played from the measured grid: its points in random order until the search's cost is
@@ -27,18 +28,30 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results" / "sweep.json"
-WORK = REPOSITORY / "build" / "bench-sweep"
+WORK = REPOSITORY / "build" / ("bench-sweep-small" if "--small" in sys.argv else "bench-sweep")
 PIECES = ("search", "alone", "again")
 NUM_DRAWS = 2000
 
 
-def contract(name: str, steps: int, *overrides: str) -> Any:
+def contract(name: str, is_small: bool) -> Any:
+    """The shipped contract, its trainings short enough for the grid."""
     from adaptfleet.contracts.loading import load_contract
-    from adaptfleet.contracts.search import SweepJob
+    from adaptfleet.contracts.search import SPACES, SweepJob
 
-    given = [f"name={name}", f"over.steps.recover.train.max_steps={steps}", "finalists={max: 4, name: bench-joint}", *overrides]
+    space = yaml.safe_load((SPACES / "joint.yaml").read_text())
+    steps, rows = (12, 32) if is_small else (30, 64)
+    if is_small:
+        space["axes"]["rank"]["values"] = [None, 16]
+        space["axes"]["ratio"]["values"] = [0.0, 0.2]
+        space["base"]["calibration"]["num_rows"] = 64
+    space["base"]["proof"]["max_rows"] = rows
+    file = WORK / "space.yaml"
+    file.write_text(yaml.safe_dump(space, sort_keys=False))
+    given = [f"name={name}", f"space={file}", f"over.steps.recover.train.max_steps={steps}", "finalists={max: 4, name: bench-joint}"]
     return load_contract(SweepJob, REPOSITORY / "jobs" / "configs" / "sweep_joint.yaml", given)
 
 
@@ -55,11 +68,11 @@ def home(piece: str) -> Path:
     return folder
 
 
-def search(steps: int, seconds: float) -> None:
+def search(is_small: bool, seconds: float) -> None:
     """In a process of its own, killed when time is up: the next call goes on."""
     if (WORK / "search.json").exists():
         return
-    job = contract("bench-joint", steps)
+    job = contract("bench-joint", is_small)
     file = WORK / "contract.json"
     file.write_text(job.model_dump_json(indent=1))
     environment = {**os.environ, "ADAPTFLEET_HOME": str(home("search"))}
@@ -78,11 +91,11 @@ def search(steps: int, seconds: float) -> None:
     shutil.copyfile(home("search") / "runs" / job.run_name() / "front.json", WORK / "search.json")
 
 
-def alone(steps: int, seconds: float) -> None:
+def alone(is_small: bool, seconds: float) -> None:
     from adaptfleet.contracts.search_points import grid, point_id
 
     end = time.monotonic() + seconds
-    points = grid(contract("alone", steps).space)
+    points = grid(contract("alone", is_small).space)
     left = [point for point in points if not (WORK / "alone" / f"{point_id(point)}.json").exists()]
     if not left:
         return
@@ -99,13 +112,13 @@ def alone(steps: int, seconds: float) -> None:
                 if time.monotonic() + longest > end:
                     break
                 began = time.monotonic()
-                found = one_alone(point, steps)
+                found = one_alone(point, is_small)
                 (WORK / "alone" / f"{point_id(point)}.json").write_text(json.dumps(found, indent=1))
                 longest = max(longest, time.monotonic() - began)
                 print(f"{point_id(point)}: {found['cpu_s']:.0f} CPU s, {found['wall_s']:.0f} s, {found['metrics']}", flush=True)
 
 
-def one_alone(point: Any, steps: int) -> dict[str, Any]:
+def one_alone(point: Any, is_small: bool) -> dict[str, Any]:
     """The trial that a sweep runs, with a folder and caches that nothing else has touched."""
     from adaptfleet.contracts.search_points import job_of, point_id
     from adaptfleet.on_ray.tune.computing import Place
@@ -115,7 +128,7 @@ def one_alone(point: Any, steps: int) -> dict[str, Any]:
     place = home("alone")
     for cached in ("cache/importance", "runs"):
         shutil.rmtree(place / cached, ignore_errors=True)
-    job = contract("alone", steps)
+    job = contract("alone", is_small)
     folder = SweepFolder.open(job)
     trial = Trial(job, folder, Place.here(2), point, 1)
     began = time.monotonic()
@@ -135,7 +148,7 @@ def one_alone(point: Any, steps: int) -> dict[str, Any]:
     }
 
 
-def again(steps: int) -> None:
+def again() -> None:
     """The published point once more, from the registry, in a new engine."""
     if (WORK / "again.json").exists() or not (WORK / "search.json").exists():
         return
@@ -154,12 +167,12 @@ def again(steps: int) -> None:
     (WORK / "again.json").write_text(json.dumps({"reference": manifest.reference, **engine_metrics(engine)}, indent=1))
 
 
-def report(steps: int) -> None:
+def report(is_small: bool) -> None:
     from adaptfleet.contracts.search_points import grid
     from adaptfleet.core.search.front import front, hypervolume, reference, scaled
     from adaptfleet.on_ray.tune.sweep_folder import SweepFolder
 
-    job = contract("bench-joint", steps)
+    job = contract("bench-joint", is_small)
     points = len(grid(job.space))
     singles = [json.loads(file.read_text()) for file in sorted((WORK / "alone").glob("*.json"))]
     folder = SweepFolder(home("search") / "runs" / job.run_name())
@@ -167,9 +180,9 @@ def report(steps: int) -> None:
     finished = [record for record in records if record.status == "finished"]
     found: dict[str, Any] = {
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs, other work beside",
-        "space": "joint",
+        "space": "joint, narrowed to ranks none and 16, ratios 0 and 0.2" if is_small else "joint",
         "points": points,
-        "train_tokens_each": steps * 512,
+        "train_tokens_each": (12 if is_small else 30) * 512,
         "independent_points_measured": len(singles),
         "sweep": {status: sum(record.status == status for record in records) for status in ("finished", "stopped", "failed")},
     }
@@ -246,18 +259,18 @@ def random_volume(singles: list[dict[str, Any]], budget: float, best: Any, corne
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PIECES, default=PIECES)
-    parser.add_argument("--steps", type=int, default=30, help="updates of a training, of 512 tokens each")
+    parser.add_argument("--small", action="store_true", help="12 points and short trainings")
     parser.add_argument("--seconds", type=float, default=36000.0, help="of one piece in this call")
     arguments = parser.parse_args()
     sys.path.insert(0, str(REPOSITORY / "platform"))
     WORK.mkdir(parents=True, exist_ok=True)
     if "search" in arguments.only:
-        search(arguments.steps, arguments.seconds)
+        search(arguments.small, arguments.seconds)
     if "alone" in arguments.only:
-        alone(arguments.steps, arguments.seconds)
+        alone(arguments.small, arguments.seconds)
     if "again" in arguments.only:
-        again(arguments.steps)
-    report(arguments.steps)
+        again()
+    report(arguments.small)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from adaptfleet.contracts.errors import AdaptfleetError
 from adaptfleet.contracts.home import home
@@ -55,7 +56,9 @@ def submit(place: Place, function: str, *arguments: Any, alone: bool = False, wa
     """A reference to the task. `waits`: it only waits for others that compute, and takes no CPU."""
     num_gpus = 0.0 if waits else float(ray.cluster_resources().get("GPU", 0) >= 1)
     num_cpus = 0 if waits else place.all_cpus if alone else place.num_cpus
-    task: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=1)(_in_task)
+    # a trial's placement group holds the trial alone, and would else be asked for its tasks too
+    outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
+    task: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=1, scheduling_strategy=outside)(_in_task)
     return task.remote(place, max(1, num_cpus), function, arguments)
 
 

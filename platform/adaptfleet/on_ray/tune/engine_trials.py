@@ -54,27 +54,20 @@ def under_load(spec: ServingSpec) -> dict[str, float]:
 def measure(request: dict[str, Any]) -> dict[str, float]:
     """In the engine's own process. All requests stand before it at once, as after a burst: the last of them waits longest."""
     import asyncio
-    import os
 
     from adaptfleet.on_ray.serve.engine import argv, parse, set_environment, start_engine
 
     spec = ServingSpec.model_validate(request["spec"], strict=False)
     set_environment(spec, request["num_threads"], request["device"])
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import psutil
-    import torch
-
-    torch.set_num_threads(request["num_threads"])
-    process = psutil.Process()
-    before, began = process.memory_info().rss, time.perf_counter()
+    before, began = _resident_bytes(), time.perf_counter()
     arguments = parse(argv(spec, Path(request["folder"]), request["dtype"]))
 
     async def run() -> dict[str, float]:
         engine = start_engine(arguments)
-        load_s, grown = time.perf_counter() - began, process.memory_info().rss - before
+        load_s, grown = time.perf_counter() - began, _resident_bytes() - before
         vocabulary = engine.model_config.get_vocab_size()
         await asyncio.gather(*(_ask(engine, i, 4, vocabulary) for i in range(2)))  # warm
-        start, cpu = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
         times = await asyncio.gather(*(_ask(engine, i + 2, NEW_TOKENS, vocabulary) for i in range(NUM_REQUESTS)))
         wall = time.perf_counter() - start
         cache = engine.vllm_config.cache_config
@@ -84,7 +77,6 @@ def measure(request: dict[str, Any]) -> dict[str, float]:
             "time_to_first_token_p95_s": firsts[int(0.95 * (len(firsts) - 1))],
             "request_p95_s": wholes[int(0.95 * (len(wholes) - 1))],
             "tokens_per_s": NUM_REQUESTS * NEW_TOKENS / wall,
-            "tokens_per_cpu_s": NUM_REQUESTS * NEW_TOKENS / max(1e-6, time.process_time() - cpu),
             "kv_cache_tokens": float(int(cache.num_gpu_blocks or 0) * int(cache.block_size)),
             "memory_bytes": float(grown - (spec.kv_cache_gib * 2**30 if request["device"] == "cpu" else 0)),
             "load_s": load_s,
@@ -93,6 +85,14 @@ def measure(request: dict[str, Any]) -> dict[str, float]:
         return found
 
     return asyncio.run(run())
+
+
+def _resident_bytes() -> int:
+    """Of this process and the engine's own beside it."""
+    import psutil
+
+    process = psutil.Process()
+    return int(sum(one.memory_info().rss for one in (process, *process.children(recursive=True))))
 
 
 async def _ask(engine: Any, seed: int, num_tokens: int, vocabulary: int) -> tuple[float, float]:

@@ -157,6 +157,8 @@ def _reason(sweep: SweepJob, on_front: list[Record], recommended: Record, baseli
         parts.append(f"{goal.metric} {mine:.4g} (the best is {best:.4g}{beside})")
     if len(goals) == 1:
         return f"It has the best {goals[0].metric}: {parts[0]}."
+    if len(on_front) == 1:
+        return f"It beats every other point in everything: {' and '.join(parts)}."
     return f"Of {len(on_front)} points that none beats in everything it is nearest to the best of each: {' and '.join(parts)}."
 
 

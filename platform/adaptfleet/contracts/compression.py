@@ -217,8 +217,9 @@ class CompressJob(Spec):
 
     def takes_parents_adapters(self) -> bool:
         """A model that was only rounded has its parent's shapes, and layers that read the same inputs."""
-        quantize = self.step(Quantize)
-        return quantize is not None and self.step(Prune) is None and not (quantize.rotate or quantize.scheme.moves_scales)
+        quantize, prune = self.step(Quantize), self.step(Prune)
+        is_whole = (prune is None or prune.takes_nothing) and self.step(Merge) is None
+        return quantize is not None and is_whole and not (quantize.rotate or quantize.scheme.moves_scales)
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> "CompressJob":

@@ -111,7 +111,7 @@ def prove(job: CompressJob, prepared: Prepared, folder: Path, adapter: Path | No
     adapters: dict[str, dict[str, Interval]] = {}
     for name, fitted in prepared.adapters.items():
         on_parent, on_result = (
-            {domain: _scored(job, f"{name} on {label}, {domain}", base, rows, fitted) for domain, rows in prepared.held_out.items()}
+            {domain: checkpoint_rows(job, f"{name} on {label}, {domain}", base, rows, fitted) for domain, rows in prepared.held_out.items()}
             for label, base in (("parent", prepared.folder), ("result", folder))
         )
         adapters[name] = ratios(on_parent, on_result)

@@ -10,7 +10,7 @@ from typing import Any, assert_never
 
 from transformers import AutoConfig
 
-from adaptfleet.contracts.compression import CompressJob, Merge, Prune, Publish, Quantize, Recover
+from adaptfleet.contracts.compression import CompressJob, Merge, Prune, Publish, Quantize, Recover, Tune
 from adaptfleet.contracts.errors import AdaptfleetError, ContractError
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.jobs import FinetuneJob
@@ -35,6 +35,12 @@ def prepared(sweep: str) -> Prepared:
     compression = job_of(job, job.space.baseline)
     assert isinstance(compression, CompressJob)
     return prepare(compression, Registry.open())
+
+
+@functools.lru_cache(maxsize=2)
+def prepared_whole(job: str) -> Prepared:
+    """Of one point, with the rows that only its steps use."""
+    return prepare(CompressJob.model_validate_json(job, strict=False), Registry.open())
 
 
 def plan(sweep: str, folder: str, job: CompressJob) -> Plan:
@@ -62,6 +68,8 @@ def plan(sweep: str, folder: str, job: CompressJob) -> Plan:
                 key = next_key(key, step)
             case Quantize():
                 key = next_key(key, step, rows=rows, budget_of=str(found.parent_bytes))
+            case Tune():
+                key = next_key(key, step, rows=rows_sha256(prepared_whole(job.model_dump_json()).tuning), teacher=found.revision)
             case _:
                 assert_never(step)
         planned.append(PlannedStep(f"{step.kind}-{key}", number, checkpoint, run))
@@ -102,6 +110,9 @@ def make(sweep: str, folder: str, job: CompressJob, step: PlannedStep, earlier: 
             shapes = planned_shapes(job, config, shapes_of(config, job.model.trust_remote_code))
             with_shapes = dataclasses.replace(found, shapes=shapes)
             made_once(kind, key, lambda out: steps.round_weights(source, out, spec, with_shapes), root)
+        case Tune():
+            whole = prepared_whole(job.model_dump_json())
+            made_once(kind, key, lambda out: steps.tune_scales(source, out, spec, whole), root)
         case _:
             raise AssertionError(spec)
     return 0

@@ -56,6 +56,7 @@ def measure(request: dict[str, Any]) -> dict[str, float]:
     import asyncio
 
     from adaptfleet.on_ray.serve.engine import argv, parse, set_environment, start_engine
+    from adaptfleet.on_ray.serve.workload import Workload
 
     spec = ServingSpec.model_validate(request["spec"], strict=False)
     set_environment(spec, request["num_threads"], request["device"])
@@ -63,7 +64,7 @@ def measure(request: dict[str, Any]) -> dict[str, float]:
     arguments = parse(argv(spec, Path(request["folder"]), request["dtype"]))
 
     async def run() -> dict[str, float]:
-        engine = start_engine(arguments)
+        engine = start_engine(arguments, Workload())
         load_s, grown = time.perf_counter() - began, _resident_bytes() - before
         vocabulary = engine.model_config.get_vocab_size()
         await asyncio.gather(*(_ask(engine, i, 4, vocabulary) for i in range(2)))  # warm

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptfleet.contracts.artifacts import Draft, Manifest
-from adaptfleet.contracts.compression import CompressJob, Prune, Recover
+from adaptfleet.contracts.compression import CompressJob
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.search import SweepJob
@@ -132,7 +132,7 @@ def _measured(
 
 def _checkpoint(sweep: SweepJob, folder: SweepFolder, record: Record, place: Place) -> str | None:
     """The step that holds the point's weights; made again where an earlier settling has removed it."""
-    made = [name for name in record.steps if name.partition("-")[0] in ("prune", "merge", "quantize")]
+    made = [name for name in record.steps if name.partition("-")[0] in ("prune", "merge", "quantize", "tune")]
     if made and not (folder.steps / made[-1]).is_dir():
         for _ in stages(Trial(sweep, folder, place, record.point, record.attempt)):
             pass
@@ -182,12 +182,11 @@ def _publish(
         if checkpoint is None:
             return None  # the parent itself, which needs no copy
         facts, _ = compute(place, "finalist_steps.base_facts", sweep.model_dump_json())
-        is_rounded_only = not any(isinstance(step, Recover) or (isinstance(step, Prune) and not step.takes_nothing) for step in job.steps)
         draft = Draft(
             kind="model",
             name=name,
             method={"kind": "compression", "steps": [step.model_dump(mode="json") for step in job.steps], **origin},
-            serves_adapters_of=facts["revision"] if is_rounded_only else None,
+            serves_adapters_of=facts["revision"] if job.takes_parents_adapters() else None,
             parents=(f"base:{facts['base']}:{facts['revision'][:16]}", f"data:{job.calibration.data.name()}:{facts['rows'][:16]}"),
             contract_fingerprint=fingerprint,
             metrics=found,

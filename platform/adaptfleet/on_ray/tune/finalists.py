@@ -10,6 +10,7 @@ from typing import Any
 
 from adaptfleet.contracts.artifacts import Draft, Manifest
 from adaptfleet.contracts.compression import CompressJob
+from adaptfleet.contracts.errors import ServingError
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.search import SweepJob
@@ -33,6 +34,8 @@ class Finalist:
     """What was measured of it after the search."""
     reference: str | None
     """Published as. None: the baseline itself, or nothing is published."""
+    fault: str = ""
+    """Why the engine does not serve it; it is not published then."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,11 @@ def settle(sweep: SweepJob, folder: SweepFolder, place: Place, registry: Registr
     recommended = on_front[knee([vector(sweep, record) for record in on_front])]
     if chosen and recommended not in chosen:
         chosen[-1] = recommended
-    measured = _measured(sweep, folder, place, chosen, baseline)
-    finalists = [
-        Finalist(
-            record, measured.get(record.point_id, {}), _publish(sweep, folder, place, record, measured.get(record.point_id, {}), registry)
-        )
-        for record in chosen
-    ]
+    measured, faults = _measured(sweep, folder, place, chosen, baseline)
+    finalists = []
+    for record in chosen:
+        found, fault = measured.get(record.point_id, {}), faults.get(record.point_id, "")
+        finalists.append(Finalist(record, found, None if fault else _publish(sweep, folder, place, record, found, registry), fault))
     settled = Settled(
         records, within, on_front, finalists, baseline, measured.get("baseline", {}), _noise(measured), recommended,
         _reason(sweep, on_front, recommended, baseline),
@@ -109,25 +110,32 @@ def settle(sweep: SweepJob, folder: SweepFolder, place: Place, registry: Registr
 
 def _measured(
     sweep: SweepJob, folder: SweepFolder, place: Place, chosen: list[Record], baseline: Record | None
-) -> dict[str, dict[str, float]]:
-    """By point, `baseline` and `baseline again` among them: each alone on its cores, one after the other, and kept."""
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """By point, `baseline` and `baseline again` among them: each alone on its cores, one after the other, and kept. And what the engine
+    does not serve, with the reason: the others are measured all the same."""
     if sweep.space.job != "compress" or not chosen:
-        return {}
+        return {}, {}
     first = [("baseline", baseline)] if baseline else []
     last = [("baseline again", baseline)] if baseline else []
     found: dict[str, dict[str, float]] = {}
+    faults: dict[str, str] = {}
     for name, record in [*first, *((record.point_id, record) for record in chosen), *last]:
         file = f"finalists/{name.replace(' ', '-')}.json"
         if folder.read_json(file) is None:
-            log.info("measuring %s in the engine", name)
+            log.info("measuring %s, alone", name)
             job = job_of(sweep, record.point)
             assert isinstance(job, CompressJob)
             checkpoint = _checkpoint(sweep, folder, record, place)
             common = (sweep.model_dump_json(), str(folder.path))
-            metrics, _ = compute(place, "finalist_steps.measure", *common, job, checkpoint, alone=True)
+            try:
+                metrics, _ = compute(place, "finalist_steps.measure", *common, job, checkpoint, alone=True)
+            except ServingError as error:
+                faults[name] = str(error)
+                log.warning("%s is not served: %s", name, error)
+                continue
             folder.write_json(file, metrics)
         found[name] = folder.read_json(file) or {}
-    return found
+    return found, faults
 
 
 def _checkpoint(sweep: SweepJob, folder: SweepFolder, record: Record, place: Place) -> str | None:

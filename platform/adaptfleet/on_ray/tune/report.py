@@ -107,11 +107,14 @@ def _finalists(settled: Settled) -> str:
     rows: list[tuple[str, str, dict[str, float]]] = []
     if settled.baseline_metrics and settled.baseline:
         rows.append((f"{settled.baseline.point_id} (baseline)", "", settled.baseline_metrics))
-    rows += [(f.record.point_id, f.reference or "the parent itself", f.metrics) for f in settled.finalists]
+    rows += [
+        (f.record.point_id, f.reference or ("not published" if f.fault else "the parent itself"), f.metrics) for f in settled.finalists
+    ]
     shown = [(key, title) for key, title in _MEASURED if any(key in metrics for _, _, metrics in rows)]
     body = [(name, where, *(f"{m[key]:.5g}" if key in m else "" for key, _ in shown)) for name, where, m in rows]
     noise = [(f"noise of {name}", f"{value:.1%} between two measurements of the baseline") for name, value in settled.noise.items()]
-    return table(("point", "published as", *(title for _, title in shown)), body) + facts(noise)
+    faults = [(f"{f.record.point_id} is not served", f.fault.strip().splitlines()[-1]) for f in settled.finalists if f.fault]
+    return table(("point", "published as", *(title for _, title in shown)), body) + facts(noise + faults)
 
 
 def _over_time(sweep: SweepJob, settled: Settled) -> list[str]:

@@ -14,13 +14,26 @@ def scheduler(sweep: SweepJob) -> TrialScheduler:
         case Asha(evaluations=evaluations, reduction_factor=factor):
             # beyond the last evaluation, so that a trial that came so far tells its result itself
             most = evaluations + 1
-            return ASHAScheduler(
+            return _sparing(ASHAScheduler, sweep)(
                 time_attr="evaluation", metric="eval_loss", mode="min", max_t=most, grace_period=1, reduction_factor=factor
             )
         case Median():
-            return MedianStoppingRule(time_attr="evaluation", metric="eval_loss", mode="min", grace_period=1, min_samples_required=3)
+            rule = _sparing(MedianStoppingRule, sweep)
+            return rule(time_attr="evaluation", metric="eval_loss", mode="min", grace_period=1, min_samples_required=3)
         case _:
             return FIFOScheduler()
+
+
+def _sparing(rule: type[TrialScheduler], sweep: SweepJob) -> type[TrialScheduler]:
+    """The same rule, which ends no baseline: that one is always in the comparison."""
+    baseline = point_id(normalised(sweep.space, sweep.space.baseline))
+
+    class Sparing(rule):  # type: ignore[misc, valid-type]
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            decision: str = super().on_trial_result(tune_controller, trial, result)
+            return TrialScheduler.CONTINUE if result.get("point_id") == baseline else decision
+
+    return Sparing
 
 
 class DominanceStopper(tune.Stopper):

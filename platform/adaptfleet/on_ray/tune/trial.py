@@ -201,12 +201,14 @@ def _training(trial: Trial, name: str, run: str, train: TrainSpec, function: str
                 with trial.failing_once(name):
                     ref = submit(trial.place, function, *arguments, waits=True)
             if ref is not None and ray.wait([ref], timeout=0)[0]:
-                done, ref = ref, None
-                with trial.failing_once(name):
-                    tokens, cost = finished(done)
-                trial.folder.add_cost(name, Cost(cost.cpu_s + _workers_cpu_s(path), cost.wall_s, tokens, trial.id))
                 break
             time.sleep(_POLL_S)
+        if ref is not None:
+            # its folder is there a little before the task has ended
+            done, ref = ref, None
+            with trial.failing_once(name):
+                tokens, cost = finished(done)
+            trial.folder.add_cost(name, Cost(cost.cpu_s + _workers_cpu_s(path), cost.wall_s, tokens, trial.id))
     finally:
         if ref is not None:
             # the task's process owns the training's workers, which end with it

@@ -158,6 +158,7 @@ def test_the_joint_search_through_kill_9(embedded_home: Path, small_base: Path, 
     assert loss["rank4-ratio0-bits16"] < loss["ranknone-ratio0-bits16"], "the adapter has learnt the task"
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_recorded_and_the_rest_goes_on(
     local_cluster: Any, embedded_home: Path, small_base: Path, sums: Path, tmp_path: Path
 ) -> None:

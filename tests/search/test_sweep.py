@@ -191,6 +191,6 @@ def test_what_the_model_does_not_take_is_told_before_a_trial(fresh_home: Path, s
     axes = {**sweep.space.model_dump(mode="json")["axes"], "layers": layers}
     space = {**sweep.space.model_dump(mode="json"), "axes": axes, "baseline": {"ratio": 0.0, "layers": 0}}
     wrong = SweepJob.model_validate({"name": "wrong", "space": space})
-    with pytest.raises(ContractError, match="ratio0-layers3: layers is 3, but the model has 3"):
+    with pytest.raises(ContractError, match="ratio0-layers3: prune: layers is 3, but the model has 3"):
         run_sweep(wrong)
     assert not (fresh_home / "runs").exists()

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from adaptfleet.contracts.data import EMBEDDED_DATASETS, DataSpec
 from adaptfleet.contracts.home import home
@@ -28,7 +29,7 @@ def fetch(names: tuple[str, ...] | list[str]) -> None:
     from adaptfleet.core.data.datasets import load_dataset
     from adaptfleet.core.models.embedded import embedded_model
 
-    for name in names:
+    def bring(name: str) -> None:
         started = time.monotonic()
         if name in EMBEDDED_MODELS:
             size = sum(file.stat().st_size for file in embedded_model(name).iterdir())
@@ -37,4 +38,9 @@ def fetch(names: tuple[str, ...] | list[str]) -> None:
             data = load_dataset(DataSpec(train=name))
             what = f"data set, {len(data.train)} rows to train on, {len(data.test)} held out"
         print(f"{name}: {what} ({time.monotonic() - started:.1f} s)", flush=True)
+
+    # Nearly all of it is waiting for pip.
+    with ThreadPoolExecutor(len(names)) as pool:
+        for _ in pool.map(bring, names):
+            pass
     print(f"in {home()}")

@@ -7,7 +7,7 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,7 @@ NUM_SHOTS = 8
 MAX_NAMES = 64
 """Held-out questions to the second adapter."""
 MAX_ENDPOINT_CORES = 8
+_PLACING_TIMEOUT_S = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,11 +82,13 @@ def _road(cluster: "LocalCluster", repository: Path, clock: "_Clock", endpoint_c
     registry = Registry.open()
     jobs = {name: load_contract(FinetuneJob, repository / name) for name in (ADDRESS, NAMES)}
     new = [name for name, job in jobs.items() if registry.find(job.fingerprint(), job.published_name()) is None]
-    with clock.phase("finetune_address", f"ray job submit -- python jobs/finetune.py --config {ADDRESS}"):
-        _submit(cluster, repository, ADDRESS)
-    with clock.phase("endpoint", "the endpoint: vLLM behind Ray Serve"):
+    # Both begin with a minute on one core (imports, weights, compiling), and the engine then sleeps until it is asked: side by side they
+    # take about as long as the longer one.
+    first_job = _SideJob(lambda: _submit_beside(cluster, repository, ADDRESS, endpoint_cores, clock))
+    with clock.phase("endpoint", "the endpoint, vLLM behind Ray Serve, with the base alone"):
         url, key = _deploy(cluster, endpoint_cores)
-        print(f"  answers at {url}/v1")
+        print(f"  answers at {url}/v1", flush=True)
+    first_job.result()
     api = questions.client(url, key)
     with clock.phase("finetune_names", f"a second tenant, while it serves: ray job submit -- python jobs/finetune.py --config {NAMES}"):
         first = _FirstAnswer(api, registry, jobs[NAMES]) if NAMES in new else None
@@ -146,6 +149,27 @@ def _print_table(rows: list[tuple[str, str, int, Any]]) -> None:
         shown = [f"{value:.2f}" if value is not None else "" for value in (score.exact_match, score.field_f1, score.valid_json)]
         table.add_row("names" if name.startswith("names") else "addresses", model, str(num_shots), str(score.num_rows), *shown)
     Console(width=100).print(table)
+
+
+class _SideJob:
+    """Something that runs beside the main thread, and ends with the process if the main thread is interrupted."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), name="side-job", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # told to the waiting thread
+            self._error = error
+
+    def result(self) -> None:
+        """Waits for the end; raises what the work raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 class _FirstAnswer:
@@ -209,6 +233,19 @@ def _submit(cluster: "LocalCluster", repository: Path, config: str) -> None:
 
     argv = ["python", "jobs/finetune.py", "--config", config]
     cluster.submit(argv, repository, env=places(), show=_show)
+
+
+def _submit_beside(cluster: "LocalCluster", repository: Path, config: str, endpoint_cores: int, clock: "_Clock") -> None:
+    """Submits once the endpoint's replica has its cores: a worker takes an equal share of those that are free when it starts."""
+    import ray
+
+    until = time.monotonic() + _PLACING_TIMEOUT_S
+    while time.monotonic() < until:
+        if ray.is_initialized() and ray.available_resources().get("CPU", 0) <= cluster.num_cpus - endpoint_cores:
+            break
+        time.sleep(0.2)
+    with clock.phase("finetune_address", f"beside its start: ray job submit -- python jobs/finetune.py --config {config}"):
+        _submit(cluster, repository, config)
 
 
 def _show(line: str) -> None:

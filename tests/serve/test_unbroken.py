@@ -132,7 +132,7 @@ def test_a_stream_that_began_ends_with_an_error_event(says: str) -> None:
 
 def test_a_failure_with_a_living_engine_tells_nothing_of_the_inside() -> None:
     async def application(send: Any) -> None:
-        raise ValueError("/root/secret.py line 3")
+        raise ValueError("/srv/secret.py line 3")
 
     sent, refusal = _run(application, alive=True)
     assert sent == []

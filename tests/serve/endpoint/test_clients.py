@@ -69,7 +69,7 @@ def test_json_schema_and_regex(endpoint: Endpoint) -> None:
 
 def test_a_named_tool_is_called_with_its_arguments(endpoint: Endpoint) -> None:
     """Random weights may fill an answer with blanks to its end; of eight at a high temperature some call, and each call is right."""
-    tool: Any = {"type": "function", "function": {"name": "count", "parameters": SCHEMA}}
+    tool: Any = {"type": "function", "function": {"name": "count", "parameters": SCHEMA, "strict": True}}
     reply = endpoint.client().chat.completions.create(
         model="streets",
         messages=MESSAGES,
@@ -82,10 +82,8 @@ def test_a_named_tool_is_called_with_its_arguments(endpoint: Endpoint) -> None:
     )
     calls = [call for choice in reply.choices if choice.finish_reason != "length" for call in choice.message.tool_calls or []]
     assert calls, [choice.message for choice in reply.choices]
-    for call in calls:
-        assert call.type == "function"
-        assert call.function.name == "count"
-        assert 0 <= json.loads(call.function.arguments)["n"] <= 99
+    assert {(call.type, call.function.name) for call in calls} == {("function", "count")}
+    assert all(0 <= json.loads(call.function.arguments)["n"] <= 99 for call in calls)
 
 
 def test_log_probabilities_and_several_choices(endpoint: Endpoint) -> None:

@@ -220,11 +220,13 @@ def test_a_dead_engine_ends_its_replica_and_another_takes_over(endpoint: Endpoin
 
 
 def _engines(endpoint: Endpoint) -> list[psutil.Process]:
-    """vLLM's engine processes of this test's own cluster, by its home."""
+    """The processes of the engines that answer, of this test's own cluster, by its home; the embedder has another."""
     found = []
     for process in psutil.process_iter():
         try:
-            if "EngineCore" in " ".join(process.cmdline()) and process.environ().get("ADAPTFLEET_HOME") == os.environ["ADAPTFLEET_HOME"]:
+            if "EngineCore" not in " ".join(process.cmdline()) or process.environ().get("ADAPTFLEET_HOME") != os.environ["ADAPTFLEET_HOME"]:
+                continue
+            if (parent := process.parent()) is None or "embedder" not in " ".join(parent.cmdline()):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

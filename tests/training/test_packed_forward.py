@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma2Config
+from transformers import Gemma2Config, GraniteConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from adaptfleet.contracts.errors import ModelError
@@ -85,6 +85,17 @@ def test_a_soft_capped_head_is_refused() -> None:
     config = Gemma2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=8, final_logit_softcapping=0.5, sliding_window=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ModelError, match="more to its logits"):
+        check_packable(model, VOCABULARY, 64, 30)
+
+
+def test_a_scaled_head_is_refused() -> None:
+    config = GraniteConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        logits_scaling=4.0,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -51,5 +51,5 @@ def test_an_empty_pool_grows_for_a_fine_tune(pool: DevCluster, tiny: dict[str, A
     pool.apply([ray_job("comes-and-goes", contract("comes-and-goes", EVERY_STEPS, train=train, **tiny), tmp_path, "pool")])
     run = _run(pool, embedded_home, "comes-and-goes")
     run.steps_of(2, more=EVERY_STEPS + 5)
-    # priority 10 against 0: the spot group is asked first
-    assert len(ready_pods(pool.kube, "pool", "spot")) == 2 and ready_pods(pool.kube, "pool", "steady") == []
+    # priority 10 against 0: the spot group is filled first
+    assert len(ready_pods(pool.kube, "pool", "spot")) == 2

@@ -1,12 +1,14 @@
 """Which trials are ended early, and why."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from adaptfleet.contracts.search import Asha, Dominance, Grid, Median, SweepJob
 from adaptfleet.contracts.search_points import normalised, point_id
+
+R = TypeVar("R", bound=TrialScheduler)
 
 
 def scheduler(sweep: SweepJob) -> TrialScheduler:
@@ -24,7 +26,7 @@ def scheduler(sweep: SweepJob) -> TrialScheduler:
             return FIFOScheduler()
 
 
-def _sparing(rule: type[TrialScheduler], sweep: SweepJob) -> type[TrialScheduler]:
+def _sparing(rule: type[R], sweep: SweepJob) -> type[R]:
     """The same rule, which ends no baseline: that one is always in the comparison."""
     baseline = point_id(normalised(sweep.space, sweep.space.baseline))
 

@@ -15,6 +15,7 @@ from adaptfleet.contracts.evaluating import EvaluateJob
 from adaptfleet.contracts.jobs import DistillJob, FinetuneJob
 from adaptfleet.contracts.loading import load_contract, parse_contract
 from adaptfleet.contracts.publishing import PublishJob
+from adaptfleet.contracts.search import SweepJob
 from adaptfleet.contracts.serving import ServingSpec
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ JOBS: dict[str, type[Spec]] = {
     "compress": CompressJob,
     "publish": PublishJob,
     "evaluate": EvaluateJob,
+    "sweep": SweepJob,
 }
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F  # noqa: N812
 
 from adaptfleet.contracts.distillation import Alignment, Distillation
@@ -30,6 +28,7 @@ from adaptfleet.core.sharding import shard, worker_mesh
 from adaptfleet.core.steps import plan_steps
 from tests.distillation.conftest import make_llama
 from tests.training.conftest import VOCABULARY, make_model, make_tokenizer
+from tests.workers import meeting, run_workers
 
 STEPS = 5
 
@@ -130,24 +129,20 @@ def make_trainer(s: Distillation, method: Full | Lora, mode: str, num_workers: i
 
 
 def work(rank: int, num_workers: int, folder: Path, s: str, mode: str) -> None:
-    torch.set_num_threads(1)
-    if num_workers > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_workers)
-    trainer = make_trainer(Distillation.model_validate_json(s, strict=False), Full(), mode, num_workers)
-    losses = [result.loss for result in trainer.run()]
-    weights = trainer.optimizer.whole_weights()
-    if rank == 0:
-        total = sum(float(weight.double().abs().sum()) for weight in weights.values())
-        (folder / f"{mode}.json").write_text(json.dumps({"losses": losses, "sum": total}))
-    if num_workers > 1:
-        dist.destroy_process_group()
+    with meeting(folder / "meet", rank, num_workers):
+        trainer = make_trainer(Distillation.model_validate_json(s, strict=False), Full(), mode, num_workers)
+        losses = [result.loss for result in trainer.run()]
+        weights = trainer.optimizer.whole_weights()
+        if rank == 0:
+            total = sum(float(weight.double().abs().sum()) for weight in weights.values())
+            (folder / f"{mode}.json").write_text(json.dumps({"losses": losses, "sum": total}))
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_two_workers_have_the_losses_of_one(mode: str, tmp_path: Path) -> None:
     s = spec(divergence="jsd", temperature=1.5, align=Alignment(hidden=0.3, attention=0.3)).model_dump_json()
-    work(0, 1, tmp_path, s, "none")
-    mp.spawn(work, args=(2, tmp_path, s, mode), nprocs=2)
+    run_workers(work, 1, 1, tmp_path, s, "none")
+    run_workers(work, 2, 2, tmp_path, s, mode)
     one, two = (json.loads((tmp_path / f"{m}.json").read_text()) for m in ("none", mode))
     # sums in another order; AdamW divides by their size, so the difference grows a little with each step
     assert two["losses"] == pytest.approx(one["losses"], rel=2e-3) and two["losses"][0] == pytest.approx(one["losses"][0], rel=1e-5)

@@ -1,13 +1,12 @@
 """Where the teacher's word comes from: kept on disk it gives what it gives beside the student, and answers the student writes itself."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from adaptfleet.contracts.distillation import Distillation, Offline, OnPolicy
 from adaptfleet.contracts.errors import DataError, TrainingError
@@ -26,6 +25,7 @@ from adaptfleet.core.steps import plan_steps
 from tests.distillation.conftest import make_llama
 from tests.distillation.test_objective import rows, spec
 from tests.training.conftest import VOCABULARY
+from tests.workers import meeting, run_workers
 
 TRAIN = TrainSpec(epochs=20, max_steps=4, pack_tokens=64, packs_per_step=2, learning_rate=0.01)
 
@@ -165,20 +165,16 @@ def test_a_run_that_goes_on_within_an_interval_learns_from_the_same_answers(tmp_
 
 
 def work(rank: int, num_workers: int, folder: Path, mode: str) -> None:
-    torch.set_num_threads(1)
-    if num_workers > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_workers)
-    trainer = on_policy_trainer(Full(), mode, num_workers, share=0.7)
-    losses = [r.loss for r in trainer.run()]
-    if rank == 0:
-        (folder / f"{mode}.txt").write_text(repr(losses))
-    if num_workers > 1:
-        dist.destroy_process_group()
+    with meeting(folder / "meet", rank, num_workers):
+        trainer = on_policy_trainer(Full(), mode, num_workers, share=0.7)
+        losses = [r.loss for r in trainer.run()]
+        if rank == 0:
+            (folder / f"{mode}.json").write_text(json.dumps(losses))
 
 
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_workers_write_and_learn_what_one_does(mode: str, tmp_path: Path) -> None:
-    work(0, 1, tmp_path, "none")
-    mp.spawn(work, args=(2, tmp_path, mode), nprocs=2)
-    one, two = (eval((tmp_path / f"{m}.txt").read_text()) for m in ("none", mode))
+    run_workers(work, 1, 1, tmp_path, "none")
+    run_workers(work, 2, 2, tmp_path, mode)
+    one, two = (json.loads((tmp_path / f"{m}.json").read_text()) for m in ("none", mode))
     assert two == pytest.approx(one, rel=2e-3) and two[0] == pytest.approx(one[0], rel=1e-5)

@@ -1,14 +1,11 @@
 """Several workers in real processes over gloo: the losses of one, sharded or not, and checkpoints that any number of workers takes up."""
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -25,6 +22,7 @@ from adaptfleet.core.recomputation import recompute_layers
 from adaptfleet.core.sharding import choose_placement, shard, worker_mesh
 from adaptfleet.core.steps import plan_steps
 from tests.training.test_methods import make_model, rows
+from tests.workers import meeting, run_workers
 
 METHODS: dict[str, Method] = {
     "lora": Lora(rank=4, alpha=8, dropout=0.0),
@@ -36,7 +34,6 @@ METHODS: dict[str, Method] = {
 }
 ALONE = ("lora", "full", "prefix", "adalora", "qlora")
 STEPS = 6
-LIMIT_S = 120
 
 
 @dataclass(frozen=True)
@@ -80,46 +77,33 @@ def make_trainer(run: Run, folder: Path) -> Trainer:
 
 def work(rank: int, folder: Path, run: Run) -> None:
     """One worker: goes on from the folder's checkpoint if there is one, stops after `stop` steps and writes one."""
-    torch.set_num_threads(1)
-    if run.num_workers > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{run.stop}", rank=rank, world_size=run.num_workers)
-    trainer = make_trainer(run, folder)
-    checkpoints = sorted(folder.glob("checkpoint-*"))
-    if checkpoints:
-        progress = read_progress(checkpoints[-1])
-        trainer.load_state(read_tensors(checkpoints[-1], trainer.state()), progress["step"])
-    losses, norms = [], []
-    for result in trainer.run():
-        losses.append(result.loss)
-        norms.append(result.grad_norm)
-        if result.step == run.stop:
-            break
-    held_out = held_out_loss(trainer.model, rows(6), 64, 0, trainer.call).loss
-    state = trainer.state()
-    if rank == 0 or run.mode == "fsdp2":
-        write_checkpoint(folder / f"checkpoint-{run.stop}", state, {"step": run.stop}, rank)
-    total = sum(float(weight.double().abs().sum()) for weight in trainer.optimizer.whole_weights().values())
-    if rank == 0:
-        result = {"losses": losses, "norms": norms, "held_out": held_out, "sum": total}
-        (folder / f"result-{run.stop}.json").write_text(json.dumps(result))
-    if run.num_workers > 1:
-        dist.destroy_process_group()
+    with meeting(folder / f"meet-{run.stop}", rank, run.num_workers):
+        trainer = make_trainer(run, folder)
+        checkpoints = sorted(folder.glob("checkpoint-*"))
+        if checkpoints:
+            progress = read_progress(checkpoints[-1])
+            trainer.load_state(read_tensors(checkpoints[-1], trainer.state()), progress["step"])
+        losses, norms = [], []
+        for result in trainer.run():
+            losses.append(result.loss)
+            norms.append(result.grad_norm)
+            if result.step == run.stop:
+                break
+        held_out = held_out_loss(trainer.model, rows(6), 64, 0, trainer.call).loss
+        state = trainer.state()
+        if rank == 0 or run.mode == "fsdp2":
+            write_checkpoint(folder / f"checkpoint-{run.stop}", state, {"step": run.stop}, rank)
+        total = sum(float(weight.double().abs().sum()) for weight in trainer.optimizer.whole_weights().values())
+        if rank == 0:
+            result = {"losses": losses, "norms": norms, "held_out": held_out, "sum": total}
+            (folder / f"result-{run.stop}.json").write_text(json.dumps(result))
 
 
 def result_of(run: Run, folder: Path) -> dict:
     folder.mkdir(exist_ok=True)
     if isinstance(METHODS[run.method], QLora):
         make_model(run.architecture).save_pretrained(folder / "base")
-    if run.num_workers == 1:
-        work(0, folder, run)
-    else:
-        processes = mp.spawn(work, args=(folder, run), nprocs=run.num_workers, join=False)
-        end = time.monotonic() + LIMIT_S
-        while not processes.join(timeout=1):
-            if time.monotonic() > end:
-                for process in processes.processes:
-                    process.kill()
-                raise AssertionError(f"{run.num_workers} workers did not end within {LIMIT_S} s")
+    run_workers(work, run.num_workers, folder, run)
     return json.loads((folder / f"result-{run.stop}.json").read_text())
 
 

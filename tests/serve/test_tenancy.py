@@ -66,6 +66,7 @@ def test_a_tenants_own_keys_lie_over_the_defaults() -> None:
     assert spec.alias("acme", "helper") == "acme-chat"
     assert spec.alias("beta", "helper") == "helper"
     assert spec.alias("beta", "gpt-4o-mini") == "smollm2-135m"
+    assert spec.aliases_of({"acme-chat"}) == {"helper"} and spec.aliases_of({"other"}) == set()
 
 
 def test_who_sees_what() -> None:

@@ -14,8 +14,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from adaptfleet.contracts.errors import TrainingError
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.loading import parse_contract
+from adaptfleet.core.checkpoint import read_progress
 from adaptfleet.store.registry import Registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -83,6 +85,25 @@ def wait_for_step(job: Job, step: int, process: subprocess.Popen[str]) -> int:
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached in {LIMIT_S} s")
+
+
+def kill_while_it_writes(job: Job, pid: int, process: subprocess.Popen[str]) -> Path:
+    """Stops the worker whenever a checkpoint appears in the run's folder, and kills it where files are still missing. Returns that one."""
+    end = time.monotonic() + LIMIT_S
+    seen: set[str] = set()
+    while time.monotonic() < end and process.poll() is None:
+        for place in run_folder(job).glob("checkpoint_*"):
+            if place.name in seen or not place.is_dir():
+                continue
+            os.kill(pid, signal.SIGSTOP)
+            if not (place / "progress.json").exists() or not list(place.glob("*.safetensors")):
+                os.kill(pid, signal.SIGKILL)
+                return place
+            seen.add(place.name)
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.0002)
+    process.kill()
+    raise AssertionError("no checkpoint was seen half written: " + process.communicate()[0][-3000:])
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +208,25 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Jo
         output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, output[-3000:]
     assert losses(job) == losses(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_it_writes_a_checkpoint_goes_on_from_a_whole_one(
+    undisturbed: Job, contract: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = contract("sums-torn", checkpoint={"every_steps": 1, "keep": 1000})
+    with subprocess.Popen(
+        command(write(job, tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
+    ) as process:
+        torn = kill_while_it_writes(job, wait_for_step(job, 3, process), process)
+        output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, output[-3000:]
+    assert losses(job) == losses(undisturbed)
+    kept = [place for place in run_folder(job).glob("checkpoint_*") if place.is_dir() and place != torn]
+    steps = {read_progress(place)["step"] for place in kept}
+    assert {1, 2, len(losses(job))} <= steps
+    with pytest.raises(TrainingError, match="is torn"):
+        read_progress(torn)
 
 
 def test_a_worker_that_dies_more_often_than_allowed_ends_the_run_and_keeps_it(

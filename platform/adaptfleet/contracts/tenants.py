@@ -1,5 +1,6 @@
 """Who shares an endpoint, and what each may have of it: `tenants.yaml`, read again whenever it changes."""
 
+from collections.abc import Collection
 from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
@@ -100,6 +101,11 @@ class TenantsSpec(Spec):
         """Whether a model of this name exists for the tenant."""
         owners = [owner for owner, policy in self.tenants.items() if matches(policy.owns, name)]
         return tenant in owners if owners else matches(self.policy(tenant).models, name)
+
+    def aliases_of(self, models: Collection[str]) -> set[str]:
+        """Further names, anybody's, of these models (names without version or alias)."""
+        every = [self.aliases, self.defaults.aliases, *(policy.aliases for policy in self.tenants.values())]
+        return {name for aliases in every for name, meant in aliases.items() if meant.rpartition(":")[2].partition("@")[0] in models}
 
     def alias(self, tenant: str, name: str) -> str:
         """What a name stands for; itself where it is no alias."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from adaptfleet.contracts.artifacts import Manifest
@@ -24,6 +25,7 @@ from adaptfleet.store.registry import Registry
 
 VIEW_AGE_S = 0.25
 _SHOWN_CHARS = 120
+_RECORDS_AT_ONCE = 8
 
 log = logging.getLogger(__name__)
 
@@ -117,18 +119,10 @@ class Catalog:
     async def cards(self, viewer: Viewer = EVERYBODY) -> list[Card]:
         """The base, its published adapters by `name` (the alias prod), `name@alias` and `name@version`, and further names of these."""
         cards = [Card(self.base_id, int(time.time()))] if viewer.may_see(self.base_id) else []
-        for name, listing in (await self._listings()).items():
-            if not viewer.may_see(name):
-                continue
-            manifests: dict[int, Manifest] = {}
-            for version in listing.versions:
-                try:
-                    manifest = await asyncio.to_thread(self._registry.manifest, name, version)
-                except StoreError as error:
-                    log.error("the record of %s@%s cannot be read: %s", name, version, error)
-                    continue
-                if manifest.kind == "adapter" and manifest.base_revision in self._revisions:
-                    manifests[version] = manifest
+        visible = {name: listing for name, listing in (await self._listings()).items() if viewer.may_see(name)}
+        served = await asyncio.to_thread(self._served, visible)
+        for name, listing in visible.items():
+            manifests = served[name]
             for alias, version in sorted(listing.aliases.items(), key=lambda item: (item[0] != DEFAULT_ALIAS, item[0])):
                 if version in manifests:
                     known_as = name if alias == DEFAULT_ALIAS else f"{name}@{alias}"
@@ -146,6 +140,24 @@ class Catalog:
             if viewer.may_see(name)
             for alias, split in listing.splits.items()
         }
+
+    def _served(self, listings: Mapping[str, Listing]) -> dict[str, dict[int, Manifest]]:
+        """The versions of each name that are adapters of this base. Of a remote store, several records are on their way at once."""
+
+        def read(name: str, version: int) -> Manifest | None:
+            try:
+                return self._registry.manifest(name, version)
+            except StoreError as error:
+                log.error("the record of %s@%s cannot be read: %s", name, version, error)
+                return None
+
+        served: dict[str, dict[int, Manifest]] = {name: {} for name in listings}
+        versions = [(name, version) for name, listing in listings.items() for version in listing.versions]
+        with ThreadPoolExecutor(_RECORDS_AT_ONCE) as pool:
+            for manifest in pool.map(lambda of: read(*of), versions):
+                if manifest is not None and manifest.kind == "adapter" and manifest.base_revision in self._revisions:
+                    served[manifest.name][manifest.version] = manifest
+        return served
 
     def _check(self, manifest: Manifest) -> None:
         if manifest.kind != "adapter":

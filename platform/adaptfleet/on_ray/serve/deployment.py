@@ -23,6 +23,7 @@ from adaptfleet.on_ray.serve.router import AffinityRouter, router
 
 if TYPE_CHECKING:
     from adaptfleet.on_ray.serve.adapters import Adapters
+    from adaptfleet.on_ray.serve.policy_file import PolicyFile
 
 APPLICATION = "adaptfleet"
 _WATCH_S = 0.1
@@ -60,6 +61,7 @@ class Endpoint:
         self._arguments = parse(argv(spec, folder, str(model_dtype(spec.model)).removeprefix("torch.")))
         self._workload = Workload()
         self._adapters: Adapters | None = None
+        self._policies: PolicyFile | None = None
         self._engine = start_engine(self._arguments, self._workload)
         self._watch = asyncio.create_task(self._end_with_the_engine())
 
@@ -94,7 +96,8 @@ class Endpoint:
         if spec.auth == "api-key":
             log.info("API keys: %s", ensure_keys())
             keys = ApiKeys()
-        tenancy = Tenancy(keys, PolicyFile(), spec.max_num_seqs + spec.max_waiting)
+        self._policies = PolicyFile()
+        tenancy = Tenancy(keys, self._policies, spec.max_num_seqs + spec.max_waiting)
         meter(self._engine)
         app = await application(self._engine, self._arguments, catalog)
         guarded = Guard(
@@ -116,8 +119,10 @@ class Endpoint:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """For the router: `router.AffinityRouter`."""
-        names = self._adapters.names() if self._adapters is not None else []
-        return {"at": time.time(), "requests": self._workload.requests, "adapters": names, "taking": not self._engine.errored}
+        names = set(self._adapters.names()) if self._adapters is not None else set()
+        if self._policies is not None:
+            names |= self._policies.now.aliases_of(names)
+        return {"at": time.time(), "requests": self._workload.requests, "adapters": sorted(names), "taking": not self._engine.errored}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `autoscaling.Policy`."""

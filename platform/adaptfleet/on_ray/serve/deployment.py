@@ -20,6 +20,7 @@ from adaptfleet.on_ray.serve.autoscaling import Policy
 from adaptfleet.on_ray.serve.embedding import embedder
 from adaptfleet.on_ray.serve.engine import argv, end_engine
 from adaptfleet.on_ray.serve.router import AffinityRouter, router
+from adaptfleet.on_ray.serve.way_in import wait_for_proxy
 
 if TYPE_CHECKING:
     from adaptfleet.on_ray.serve.adapters import Adapters
@@ -112,6 +113,7 @@ class Endpoint:
         door = Door(guarded, catalog, self._adapters, tenancy, spec.max_request_bytes, lambda: not self._engine.errored, traces)
         door.embedder = self._embedder
         put_beside(door, spec, tenancy, catalog)
+        await wait_for_proxy()
         return door
 
     async def check_health(self) -> None:

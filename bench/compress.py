@@ -62,6 +62,7 @@ RECIPES: dict[str, list[Any]] = {
     "w8a8_rtn": [{"kind": "quantize", "scheme": {"kind": "w8a8"}}],
     "w8a8_smooth": [{"kind": "quantize", "scheme": {"kind": "w8a8", "smoothquant": 0.8}}],
     "w8a8": [W8A8],
+    "w8a8_tuned": [W8A8, TUNE],
     "w8a8_rtn_tuned": [{"kind": "quantize", "scheme": {"kind": "w8a8"}, **ENDS_8}, TUNE],
     "w4_rtn": [{"kind": "quantize", "scheme": {"kind": "weight-only"}}],
     "w4_gptq": [{"kind": "quantize", "scheme": GPTQ}],

@@ -7,7 +7,7 @@ Ray Serve's own delays), which replica gets a request and so which adapters it h
 accelerator (`on_ray.kuberay.fleet.schedule`). The same day is run on a static split, for each size of the endpoint's part; it is compared
 with the smallest that keeps requests waiting no longer. How long things take is read from what was measured (bench/results/elastic.json).
 
-utilisation_ratio   useful accelerator time, shared against split
+utilisation_ratio   useful accelerator time, shared against split; `by_peak_per_s`: of a smaller endpoint too
 wait_p95_s          from a request's arrival to its first step in an engine
 
 Results: the section `fleet` of bench/results/elastic.json, and docs/fleet-day.svg.
@@ -36,6 +36,8 @@ SERVE, TRAIN = 1000, 0
 """Priorities, in the order of the manifests' classes."""
 DAY_S = 86400.0
 DECISION_S = 10.0
+PEAKS_PER_S = (4.5, 6.75)
+"""Requests a second at the day's peak: for an endpoint that then needs half of the fleet, and for one of three quarters."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Day:
     """Requests per replica that the policy aims at."""
     service_s: float = 12.0
     """Mean time of a request in the engine; lognormal."""
-    peak_per_s: float = 4.5
+    peak_per_s: float = 6.75
     night_share: float = 0.12
     """Of the peak, the traffic in the small hours."""
     adapters: int = 200
@@ -427,7 +429,11 @@ def plot(found: dict[str, Any], shared: Simulation, split: Simulation) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    found, shared, split = compare(Day(**measured({})))
+    ratios = {}
+    for peak in PEAKS_PER_S:
+        found, shared, split = compare(Day(**measured({"peak_per_s": peak})))
+        ratios[str(peak)] = {"split_replicas": split.fixed, "utilisation_ratio": found["utilisation_ratio"]}
+    found["by_peak_per_s"] = ratios
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["fleet"] = found
     unfinished = RESULTS.with_suffix(".tmp")

@@ -6,11 +6,14 @@ from typing import Any
 
 from ray import serve
 
+from adaptfleet.on_ray.serve.way_in import wait_for_proxy
+
 
 @serve.deployment(ray_actor_options={"num_cpus": 1})
 class Hello:
-    def __init__(self, word: str) -> None:
+    async def __init__(self, word: str) -> None:  # type: ignore[misc]
         self._word = word
+        await wait_for_proxy()
 
     async def __call__(self, request: Any) -> str:
         await asyncio.sleep(0.1)

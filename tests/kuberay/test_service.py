@@ -1,5 +1,7 @@
-"""A RayService under load: its head is killed, and nobody is refused."""
+"""A RayService under load: its head is killed, its cluster replaced at once and by steps, and nobody is refused."""
 
+import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,15 @@ def _status(dev: DevCluster) -> dict[str, Any]:
     return dict((dev.kube.get("RayService", "hello") or {}).get("status") or {})
 
 
-def test_a_service_outlives_its_head(dev: DevCluster) -> None:
+def _with_greeting(service: dict[str, Any], word: str) -> dict[str, Any]:
+    changed = copy.deepcopy(service)
+    changed["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["env"][0]["value"] = word
+    return changed
+
+
+def test_a_service_outlives_its_head_and_its_clusters(dev: DevCluster) -> None:
     service = read_manifests(HERE / "service.yaml")[0]
-    dev.apply([service])
+    dev.apply([copy.deepcopy(service)])
     dev.kube.wait(lambda: _status(dev).get("serviceStatus") == "Running", "the service", LIMIT_S)
     first = _status(dev)["activeServiceStatus"]["rayClusterName"]
     with Load(_status(dev)["url"] + "/") as load:
@@ -44,8 +52,35 @@ def test_a_service_outlives_its_head(dev: DevCluster) -> None:
         dev.kube.wait(lambda: head_is_ready(dev.kube, first, other_than=head), "another head", LIMIT_S)
         dev.kube.wait(lambda: _applications(dev) == {"hello": "RUNNING"}, "Serve's state", LIMIT_S)
         assert load.failures == []
+
+        dev.apply([_with_greeting(service, "green")])
+        dev.kube.wait(lambda: load.answers["one from green"], "answers of the new cluster", LIMIT_S)
+        dev.kube.wait(lambda: not dev.kube.pods(first), "the end of the old cluster", LIMIT_S)
+        assert load.failures == []
+
+        second = _status(dev)["activeServiceStatus"]["rayClusterName"]
+        options = {"maxSurgePercent": 50, "stepSizePercent": 25, "intervalSeconds": 1, "gatewayClassName": "any"}
+        stepwise = _with_greeting(service, "amber")
+        stepwise["spec"]["upgradeStrategy"] = {"type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": options}
+        seen: list[tuple[int, int]] = []
+
+        def is_through() -> bool:
+            status = _status(dev)
+            sides = [status.get(side) or {} for side in ("activeServiceStatus", "pendingServiceStatus")]
+            shares = sides[0].get("trafficRoutedPercent", 100), sides[1].get("trafficRoutedPercent", 0)
+            if shares not in seen:
+                seen.append(shares)
+            return sides[0].get("rayClusterName") != second
+
+        dev.apply([stepwise])
+        dev.kube.wait(is_through, "the end of the steps", LIMIT_S)
+        dev.kube.wait(lambda: load.answers["one from amber"] > 5, "answers of the third cluster", LIMIT_S)
+        assert {sum(shares) for shares in seen} == {100} and len(seen) >= 4, seen
     assert load.failures == [] and load.sent > 50
     assert has_condition(dev.kube.get("RayService", "hello"), "Ready")
+    assert json.dumps(_status(dev)).count("token") == 0
+    dev.kube.delete("RayService", "hello")
+    dev.kube.wait(lambda: not dev.kube.listed("Pod"), "the end of its pods", LIMIT_S)
 
 
 def _applications(dev: DevCluster) -> dict[str, str]:

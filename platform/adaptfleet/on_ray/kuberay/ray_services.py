@@ -1,11 +1,13 @@
 """RayServices: a cluster for the configuration, its Serve applications, and the way from one cluster to the next without an outage."""
 
 import secrets
+import urllib.error
+import urllib.request
 from typing import Any
 
 import yaml
 
-from adaptfleet.on_ray.kuberay.clusters import SERVE_PORT, answers, spec_hash
+from adaptfleet.on_ray.kuberay.clusters import SERVE_PORT, spec_hash
 from adaptfleet.on_ray.kuberay.dashboard import Dashboard, DashboardError
 from adaptfleet.on_ray.kuberay.gateway import Backend, Gateway
 from adaptfleet.on_ray.kuberay.objects import (
@@ -155,7 +157,7 @@ class RayServices:
         return number
 
     def _endpoints(self, service: Object, cluster: Object) -> tuple[int, ...]:
-        """Proxies that say they are ready, as the readiness probe and the head's serve label do."""
+        """Proxies that take requests: the readiness probe of `k8s/base/serve`, and what gives the head its serve label."""
         pods = self._objects.listed(POD.plural, cluster["metadata"]["namespace"], {"ray.io/cluster": name_of(cluster)})
         found = []
         for pod in pods:
@@ -163,7 +165,7 @@ class RayServices:
             if (is_head and service["spec"].get("excludeHeadPodFromServeSvc")) or "deletionTimestamp" in pod["metadata"]:
                 continue
             port = int(pod["metadata"]["annotations"][SERVE_PORT])
-            if (pod.get("status") or {}).get("phase") == "Running" and answers(f"http://127.0.0.1:{port}/-/healthz", _PROBE_S):
+            if (pod.get("status") or {}).get("phase") == "Running" and _takes_requests(port, is_head):
                 found.append(port)
         return tuple(found)
 
@@ -221,6 +223,17 @@ class RayServices:
 
 def _side(status: Object, default: int) -> Side:
     return Side(status.get("targetCapacity", default), status.get("trafficRoutedPercent", default))
+
+
+def _takes_requests(port: int, is_head: bool) -> bool:
+    """A worker's proxy without a replica holds requests; of the head the operator wants 200."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/healthz", timeout=_PROBE_S) as reply:
+            return bool(reply.status == 200)
+    except urllib.error.HTTPError as error:
+        return not is_head and b"drained" not in error.read()
+    except OSError:
+        return False
 
 
 def _hashes(config: Object) -> dict[str, str]:

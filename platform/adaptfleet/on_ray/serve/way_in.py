@@ -6,9 +6,10 @@ KubeRay moves a RayService's traffic to a new cluster once all its applications 
 
 import asyncio
 import logging
+from typing import Any
 
 from ray.serve._private.constants import RAY_SERVE_WORKER_PROXY_HTTP_PORT
-from ray.serve.config import DeploymentMode
+from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 
 log = logging.getLogger("ray.serve")
@@ -16,12 +17,14 @@ log = logging.getLogger("ray.serve")
 
 async def wait_for_proxy(patience_s: float = 60.0) -> None:
     """Returns when this node's proxy takes connections. Where none comes in time, the log says so."""
-    client = await asyncio.to_thread(_get_global_client)
-    if client is None or client.http_config.location != DeploymentMode.EveryNode:
+    client: Any = await asyncio.to_thread(_get_global_client)
+    controller = client._controller
+    if await controller.get_proxy_location.remote() != ProxyLocation.EveryNode:
         return
-    host = client.http_config.host
+    options = await controller.get_http_config.remote()
+    host = options.host
     host = "127.0.0.1" if host in ("0.0.0.0", "localhost") else host
-    port = RAY_SERVE_WORKER_PROXY_HTTP_PORT or client.http_config.port  # the head has no such variable
+    port = RAY_SERVE_WORKER_PROXY_HTTP_PORT or options.port  # the head has no such variable
     try:
         async with asyncio.timeout(patience_s):
             while not await _listens(host, port):

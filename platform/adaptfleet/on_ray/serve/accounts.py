@@ -17,6 +17,8 @@ from adaptfleet.contracts.tenants import Budget, TenantPolicy
 from adaptfleet.on_ray.serve.refusal import RefusalError
 
 _MINUTE_S = 60.0
+_ROUNDING = 1e-9
+"""Who waited exactly as long as told is admitted, whatever became of the last bit."""
 _CONCURRENCY_RETRY_S = 1
 
 
@@ -69,7 +71,7 @@ class Bucket:
         """How long until this much is there; 0 where it is. What exceeds the whole bucket is admitted from a full one."""
         self._fill(now)
         missing = min(amount, self._capacity) - self._level
-        return max(0.0, missing * _MINUTE_S / self._capacity)
+        return missing * _MINUTE_S / self._capacity if missing > _ROUNDING else 0.0
 
     @property
     def left(self) -> int:

@@ -124,7 +124,8 @@ class Endpoint:
         names = set(self._adapters.names()) if self._adapters is not None else set()
         if self._policies is not None:
             names |= self._policies.now.aliases_of(names)
-        return {"at": time.time(), "requests": self._workload.requests, "adapters": sorted(names), "taking": not self._engine.errored}
+        now, taking = self._workload, not self._engine.errored
+        return {"at": time.time(), "requests": now.requests, "stay_s": now.stay_s, "adapters": sorted(names), "taking": taking}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `autoscaling.Policy`."""

@@ -24,9 +24,10 @@ def register() -> None:
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper import punica_cpu
 
-    from adaptfleet.on_ray.serve import rounded_embedding
+    from adaptfleet.on_ray.serve import patient_queues, rounded_embedding
     from adaptfleet.on_ray.serve.stacked_punica import StackedPunicaWrapper
 
+    patient_queues.register()
     rounded_embedding.register()
     if punica_cpu.PunicaWrapperCPU is StackedPunicaWrapper:
         return

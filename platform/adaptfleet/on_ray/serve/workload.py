@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 RECENT_S = 10.0
+_WEIGHT = 0.1
+"""Of the latest request in the moving mean of how long requests stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Workload:
         self._first_tokens: deque[tuple[float, float]] = deque(maxlen=512)
         self.requests = 0
         """Requests in the door."""
+        self.stay_s = 0.0
+        """How long a request is in the engine, a moving mean; 0: none has left it."""
 
     def stalled_s(self) -> float:
         """Since the engine's last step. Means something only while it has requests."""
@@ -57,6 +61,8 @@ class Workload:
             self._kv_usage = scheduler_stats.kv_cache_usage
         if iteration_stats is not None:
             self._first_tokens.extend((now, seconds) for seconds in iteration_stats.time_to_first_tokens_iter)
+            for finished in iteration_stats.finished_requests:
+                self.stay_s += (_WEIGHT if self.stay_s else 1.0) * (finished.e2e_latency - self.stay_s)
 
     def log_engine_initialized(self) -> None:
         self._progress_at = self._clock()

@@ -19,6 +19,7 @@ import asyncio
 import json
 import os
 import platform
+import random
 import socket
 import statistics
 import subprocess
@@ -262,7 +263,8 @@ async def chats(url: str, key: str, models: list[str], concurrency: int, seed: i
             body = {
                 "model": model,
                 "messages": [{"role": "user", "content": f"Tell a story about the number {number} of round {seed}. " + "Go on. " * 12}],
-                "max_tokens": num_tokens,
+                # of different lengths: equal ones end together, and then wait for each other's prompts
+                "max_tokens": random.Random(f"{seed}-{number}").randint(num_tokens // 2, num_tokens * 3 // 2),
                 "temperature": 0,
                 "ignore_eos": True,
                 "stream": True,

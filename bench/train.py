@@ -6,7 +6,7 @@ speed    the contenders of `bench/trainers.py` live side by side and train three
          ours          this platform's loop: packed rows of 1,024 tokens, bfloat16, layers compiled
          trl_best      SFTTrainer at the best settings found: bfloat16 weights, packing, no gradient checkpointing, its fused loss
          trl_default   SFTTrainer as it comes: float32 weights, autocast, padding, gradient checkpointing, 8 rows a step
-         llamafactory  its packing without leakage, bfloat16 weights, no gradient checkpointing
+         llamafactory  its packing without leakage, autocast to bfloat16, no gradient checkpointing
 scaling  fine-tuning jobs on a local cluster, one thread a worker: one worker, two, and so on for each round
 
 tokens_per_s leaves out the first turn (compiling, caches); padding counts for nobody. peak_rss_mb is the process's own. `ours` begins

@@ -214,7 +214,7 @@ def packs_of(batch: Any) -> list[tuple[list[int], list[int]]]:
 
 
 def run_llamafactory(turns: Turns, work: Path, chats: Path) -> dict[str, Any]:
-    """Its own packing without leakage (`neat_packing`), bfloat16 weights, no gradient checkpointing."""
+    """Its own packing without leakage (`neat_packing`), autocast to bfloat16 (CPUs get no `pure_bf16`), no gradient checkpointing."""
     import transformers
 
     tuner: Any = importlib.import_module("llamafactory.train.tuner")
@@ -229,7 +229,7 @@ def run_llamafactory(turns: Turns, work: Path, chats: Path) -> dict[str, Any]:
     trainer_module: Any = importlib.import_module("llamafactory.train.sft.workflow")
     trainer_module.CustomSeq2SeqTrainer = counted(trainer_module.CustomSeq2SeqTrainer, seen)
     settings = {
-        "packing": True, "neat_packing": True, "pure_bf16": True, "disable_gradient_checkpointing": True, "flash_attn": "sdpa",
+        "packing": True, "neat_packing": True, "bf16": True, "disable_gradient_checkpointing": True, "flash_attn": "sdpa",
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
     }  # fmt: skip
     arguments = {

@@ -204,7 +204,7 @@ def _serve_config() -> dict[str, Any]:
 
 def _is_served(status: dict[str, Any]) -> bool:
     applications = status.get("activeServiceStatus", {}).get("applications", {})
-    return bool(applications) and all(dict(state).get("status") == "RUNNING" for state in applications.values())
+    return bool(applications) and all(isinstance(state, dict) and state.get("status") == "RUNNING" for state in applications.values())
 
 
 PARTS: dict[str, Callable[[Any, Path], dict[str, Any]]] = {"scale": measure_scale, "spot": measure_spot, "service": measure_service}

@@ -322,7 +322,10 @@ def main() -> None:
             if kept("quality", name).exists() and not arguments.again:
                 continue
             print(f"{name} ...", flush=True)
-            found = make_shape(name) if name in SHAPES else measure_quality(name)
+            from adaptfleet.on_ray.joining import joined_cluster
+
+            with joined_cluster():  # before Ray is imported: recovery trains on it
+                found = make_shape(name) if name in SHAPES else measure_quality(name)
             kept("quality", name).write_text(json.dumps(found, indent=1))
             kept("speed", name).unlink(missing_ok=True)
     if "speed" in parts:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adaptfleet.contracts.errors import ContractError
@@ -197,6 +197,7 @@ def test_limits_that_change_keep_what_was_used(accounts: Accounts) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.lists(st.tuples(st.floats(0, 30), st.integers(1, 8)), max_size=60))
+@example(1, [(0.0, 1), (1.55221192302659, 2), (1.1807304506754512, 8), (1.5079594780865726, 8)])  # the last bit of a wait
 def test_no_more_than_the_limit_and_what_time_gave_back(limit: int, steps: list[tuple[float, int]]) -> None:
     clock = Clock()
     accounts = Accounts(clock, lambda: clock.day)

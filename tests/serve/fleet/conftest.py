@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -29,7 +29,6 @@ class Outcome:
     """The code of an error event."""
     broken: str = ""
     """The connection ended before the stream did."""
-    began: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 async def ask(client: httpx.AsyncClient, outcome: Outcome, model: str, prompt: str, num_tokens: int) -> Outcome:
@@ -49,14 +48,11 @@ async def ask(client: httpx.AsyncClient, outcome: Outcome, model: str, prompt: s
                     if "error" in event:
                         outcome.error = str(event["error"])
                     elif event["choices"]:
-                        outcome.began.set()
                         outcome.text += event["choices"][0]["text"]
                         outcome.finished |= event["choices"][0]["finish_reason"] is not None
             outcome.broken = "" if done else "no [DONE]"
     except httpx.HTTPError as error:
         outcome.broken = repr(error)
-    finally:
-        outcome.began.set()
     return outcome
 
 

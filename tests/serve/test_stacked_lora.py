@@ -11,7 +11,7 @@ from adaptfleet.on_ray.serve.stacked_punica import StackedPunicaWrapper
 
 MAX_RANK = 16
 MAX_SLOTS = 4
-HIDDEN = 48
+HIDDEN = 64
 
 
 def _wrapper(token_ids: list[int], sample_ids: list[int], slot_ids: list[int | None]) -> StackedPunicaWrapper:
@@ -66,7 +66,7 @@ def _random_rows(rng: random.Random, slot_ids: list[int | None]) -> list[int]:
 def test_linear_equals_plain_torch(seed: int, dtype: torch.dtype) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    outputs = rng.choice([(40,), (24, 8, 8), (64, 64), (600, 640)])  # the last is too wide to be merged
+    outputs = rng.choice([(40,), (24, 8, 8), (64, 64), (96, 32, 32), (600, 640)])  # of tiles and not; the last too wide to merge
     slot_ids: list[int | None] = rng.sample([7, 3, None, 11, 5], MAX_SLOTS)
     wrapper = _wrapper([0], [0], slot_ids)
     a, b = _weights(rng, outputs, dtype)

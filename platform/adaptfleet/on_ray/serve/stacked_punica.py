@@ -9,7 +9,7 @@ import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from adaptfleet.on_ray.serve.batch_plan import BASE, segments
-from adaptfleet.on_ray.serve.stacked_products import Stack, build_stack, mask_for
+from adaptfleet.on_ray.serve.stacked_products import Product, Stack, build_stack, mask_for
 
 RECENT_BATCHES = 16
 """Changes of the batch's make-up for which an absent adapter stays in the stacks."""
@@ -19,16 +19,17 @@ _wrappers: list["StackedPunicaWrapper"] = []
 
 @dataclass(slots=True)
 class _Step:
-    """The products of one segment of the batch for one layer, with the buffers they write: `hidden` TR, its columns of each slice `parts`
-    TR, and `outs` TN. `mask` is TR."""
+    """The products of one segment of the batch for one layer, with the buffers they write and the columns of y (None: all) that these are
+    added to. `hidden` and `mask` are TR."""
 
-    rows: slice
-    all_rows: bool
-    stack: Stack
-    mask: torch.Tensor | None
+    rows: slice | None
+    """None: all of them."""
+    shrink: Product | None
+    column_ranks: torch.Tensor
     hidden: torch.Tensor
-    parts: list[torch.Tensor]
-    outs: list[torch.Tensor]
+    mask: torch.Tensor | None
+    products: list[tuple[Product, torch.Tensor, torch.Tensor]]
+    sums: list[tuple[slice | None, torch.Tensor]]
 
 
 class _Plan:
@@ -129,9 +130,18 @@ class StackedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc, unused-ignor
             num_rows = segment.stop - segment.start
             dtype = b[0].dtype
             h_TR = plan.buffer("h", num_rows, len(stack.column_slots), dtype)
-            outs_TN = [plan.buffer("out", num_rows, expand.num_outputs, dtype) for expand in stack.expands]
-            parts_TR = [h_TR[:, expand.ranks] for expand in stack.expands]
-            steps.append(_Step(rows, num_rows == y.shape[0], stack, plan.mask(rows, stack, dtype), h_TR, parts_TR, outs_TN))
+            if stack.side_by_side:
+                whole_TN = plan.buffer("out", num_rows, y.shape[1], dtype)
+                outs_TN = [whole_TN if expand.outputs is None else whole_TN[:, expand.outputs] for expand in stack.expands]
+                sums: list[tuple[slice | None, torch.Tensor]] = [(None, whole_TN)]
+            else:
+                outs_TN = [plan.buffer(f"out {i}", num_rows, expand.num_outputs, dtype) for i, expand in enumerate(stack.expands)]
+                sums = [(expand.outputs, out_TN) for expand, out_TN in zip(stack.expands, outs_TN, strict=True)]
+            products = [(expand.product, h_TR[:, expand.ranks], out_TN) for expand, out_TN in zip(stack.expands, outs_TN, strict=True)]
+            all_rows = num_rows == y.shape[0]
+            mask_TR = plan.mask(rows, stack, dtype)
+            column_ranks = torch.tensor(stack.column_ranks, dtype=torch.long)
+            steps.append(_Step(None if all_rows else rows, stack.shrink, column_ranks, h_TR, mask_TR, products, sums))
         plan.steps[b[0].data_ptr()] = steps
         return steps
 
@@ -150,19 +160,23 @@ class StackedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc, unused-ignor
         if steps is None:
             steps = self._steps(plan, y_TN, a, b, offsets)
         for step in steps:
-            y, x = (y_TN, x_TK) if step.all_rows else (y_TN[step.rows], x_TK[step.rows])
-            stack = step.stack
-            if stack.shrink is not None:
-                stack.shrink(step.hidden, x if x.dtype == step.hidden.dtype else x.to(step.hidden.dtype))
+            y, x, h = y_TN, x_TK, step.hidden
+            if step.rows is not None:
+                y, x = y[step.rows], x[step.rows]
+            if x.dtype != h.dtype:
+                x = x.to(h.dtype)
+            if step.shrink is not None:
+                step.shrink(h, x)
             else:
-                torch.index_select(x.to(step.hidden.dtype), 1, torch.tensor(stack.column_ranks, dtype=torch.long), out=step.hidden)
+                torch.index_select(x, 1, step.column_ranks, out=h)
             if step.mask is not None:
-                step.hidden.mul_(step.mask)
+                h.mul_(step.mask)
             if scale != 1.0:
-                step.hidden.mul_(scale)
-            for expand, part_TR, out_TN in zip(stack.expands, step.parts, step.outs, strict=True):
-                expand.product(out_TN, part_TR)
-                (y if expand.outputs is None else y[:, expand.outputs]).add_(out_TN)
+                h.mul_(scale)
+            for product, part_TR, out_TN in step.products:
+                product(out_TN, part_TR)
+            for columns, out_TN in step.sums:
+                (y if columns is None else y[:, columns]).add_(out_TN)
 
     def add_lora_linear(
         self,

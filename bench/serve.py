@@ -1,11 +1,12 @@
 """Serving, measured: what adapters cost in one engine, and what the door and Ray Serve cost over bare vLLM.
 
-    python bench/serve.py [--rounds 5] [--only engine|endpoint|adapters|kill|rescale]
+    python bench/serve.py [--rounds 5] [--only engine|endpoint|clients|adapters|kill|rescale]
 
 engine    a batch of 16, greedy: four adapters (ranks 8 and 16 on all linear modules), every fifth request the base. The same prompts in
           three engines, each a process of its own: without LoRA, with the stacked plug-in, with stock vLLM's LoRA.
 endpoint  streamed chats of the base at concurrency 8 and 16: this endpoint with keys, routing and metrics, and vLLM's own server with the
           same engine settings. Both servers run all the time; the client is a process of its own.
+clients   `bench/serve_clients.py`: the same load by this client and by vLLM's benchmark client.
 adapters, kill, rescale
           `bench/serve_fleet.py`: a thousand adapters, an engine killed, replicas that come and go.
 
@@ -52,6 +53,14 @@ ENGINE_ENV = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "OMP_NUM_THREADS": "1",
 }
+
+CLUSTER_ENV = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+}
+"""A private cluster on the loopback address. Ray reads these once, when it is imported."""
 
 
 # engine: one child process a side, which runs the batch each time a line comes in
@@ -250,6 +259,15 @@ def load(url: str, key: str, models: list[str], concurrency: int, seed: int, num
     return dict(json.loads(done.stdout))
 
 
+def question(number: int, seed: int) -> str:
+    return f"Tell a story about the number {number} of round {seed}. " + "Go on. " * 12
+
+
+def answer_tokens(number: int, seed: int, mean: int) -> int:
+    """Of different lengths: equal ones end together, and then wait for each other's prompts."""
+    return random.Random(f"{seed}-{number}").randint(mean // 2, mean * 3 // 2)
+
+
 def client() -> None:
     print(json.dumps(asyncio.run(chats(**json.load(sys.stdin)))))
 
@@ -263,9 +281,8 @@ async def chats(url: str, key: str, models: list[str], concurrency: int, seed: i
         async def chat(number: int, model: str) -> tuple[float, list[float], int]:
             body = {
                 "model": model,
-                "messages": [{"role": "user", "content": f"Tell a story about the number {number} of round {seed}. " + "Go on. " * 12}],
-                # of different lengths: equal ones end together, and then wait for each other's prompts
-                "max_tokens": random.Random(f"{seed}-{number}").randint(num_tokens // 2, num_tokens * 3 // 2),
+                "messages": [{"role": "user", "content": question(number, seed)}],
+                "max_tokens": answer_tokens(number, seed, num_tokens),
                 "temperature": 0,
                 "ignore_eos": True,
                 "stream": True,
@@ -360,6 +377,8 @@ def show(results: dict[str, Any]) -> None:
         "throughput_ratio_c16": "the same at concurrency 16 (aim: 0.99)",
         "ttft_p50_ratio_c8": "time to first token, over bare vLLM (aim: 1.03)",
         "itl_p95_ratio_c8": "time between tokens, over bare vLLM (aim: 1.05)",
+        "clients_throughput_ratio": "tokens/s that vLLM's benchmark client saw, over this one's of the same load",
+        "clients_ttft_p50_ratio": "time to first token, likewise",
         "many_adapters_ratio": "tokens/s over 1,000 adapters asked for by Zipf's law, over one adapter (aim: 0.6)",
         "many_adapters_ttft_p95_ratio": "their time to first token, 95th percentile, over one adapter's (aim: 3)",
         "cold_load_ms_p50": "ms that the first request to an adapter takes more than its second (aim: 200)",
@@ -374,7 +393,7 @@ def show(results: dict[str, Any]) -> None:
     Console().print(table)
 
 
-PARTS = ("engine", "endpoint", "adapters", "kill", "rescale")
+PARTS = ("engine", "endpoint", "clients", "adapters", "kill", "rescale")
 
 
 def main() -> None:
@@ -390,9 +409,8 @@ def main() -> None:
     if arguments.client:
         client()
         return
-    # Ray reads these once, when it is imported: a private cluster on the loopback address.
-    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"})
-    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    os.environ.update(CLUSTER_ENV)
+    import serve_clients
     import serve_fleet
 
     from adaptfleet.core.models.embedded import embedded_model
@@ -401,6 +419,7 @@ def main() -> None:
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "engine": lambda: measure_engines(model, arguments.rounds),
         "endpoint": lambda: measure_endpoint(model, arguments.rounds),
+        "clients": lambda: serve_clients.measure_clients(model, min(arguments.rounds, 3)),
         "adapters": lambda: serve_fleet.measure_adapters(model, min(arguments.rounds, 3)),
         "kill": lambda: serve_fleet.measure_kill(model),
         "rescale": serve_fleet.measure_rescale,

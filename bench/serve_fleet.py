@@ -75,21 +75,28 @@ def measure_adapters(model: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def make_adapter(model: Path, folder: Path) -> None:
+    """Of all linear layers, unless it is there."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    if not folder.exists():
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16), config).save_pretrained(folder)
+
+
 def publish_many(model: Path, scratch: Path, count: int, prefix: str = "street") -> list[str]:
     """Adapters of all linear layers, each with weights of its own."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
 
     from adaptfleet.contracts.artifacts import Draft
     from adaptfleet.core.models.loading import base_revision
     from adaptfleet.store.registry import Registry
 
     folder = scratch / "adapter"
-    if not folder.exists():
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", init_lora_weights=False)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16), config).save_pretrained(folder)
+    make_adapter(model, folder)
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     registry = Registry.open()
@@ -104,6 +111,27 @@ def publish_many(model: Path, scratch: Path, count: int, prefix: str = "street")
         registry.publish(draft, folder, "prod")
         names.append(name)
     return names
+
+
+def publish_loud(model: Path, scratch: Path, name: str, seed: int, alias: str | None = None) -> int:
+    """A version of `name` whose answers are its own, so that another's would be seen. Returns its number."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from adaptfleet.contracts.artifacts import Draft
+    from adaptfleet.core.models.loading import base_revision
+    from adaptfleet.store.registry import Registry
+
+    folder = scratch / "loud"
+    make_adapter(model, folder)
+    file = folder / "adapter_model.safetensors"
+    torch.manual_seed(seed)
+    tensors = {key: torch.randn_like(tensor) * (0.08 if "lora_A" in key else 0.05) for key, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    registry = Registry.open()
+    draft = Draft(kind="adapter", name=name, base="smollm2-135m", base_revision=base_revision(model), method={"kind": "lora", "rank": RANK})
+    manifest = registry.publish(draft, folder, alias)
+    return int(manifest.version)
 
 
 async def until_answered(url: str, key: str, model: str) -> None:

@@ -1,0 +1,82 @@
+"""One load by two clients: this benchmark's small one and vLLM's own, against the same endpoint in turn. What they say should agree."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+CONCURRENCY, NUM_REQUESTS = 8, 32
+
+
+def measure_clients(model: Path, rounds: int) -> dict[str, Any]:
+    from serve import CHAT_TOKENS, endpoint, in_turn, load, say
+
+    from adaptfleet.contracts.serving import ServingSpec
+
+    spec = ServingSpec(cpus_per_replica=1)
+    rows: dict[str, list[dict[str, float]]] = {"ours": [], "vllm": []}
+    with tempfile.TemporaryDirectory() as scratch, endpoint(spec, Path(scratch)) as (url, key):
+        for round_number in range(-1, rounds):  # the first warms up
+            for client in in_turn(list(rows), round_number):
+                # each has prompts of its own, so that neither finds the other's in the prefix cache
+                seed = 1000 + 10 * round_number + list(rows).index(client)
+                if client == "ours":
+                    row = load(url, key, [spec.base_id()] * NUM_REQUESTS, CONCURRENCY, seed)
+                else:
+                    row = by_vllm(url, key, spec.base_id(), model, seed, CHAT_TOKENS, Path(scratch))
+                if round_number >= 0:
+                    rows[client].append(row)
+                    say(f"round {round_number + 1}: {client} {row['tokens_per_s']:.1f} tokens/s, TTFT {row['ttft_p50_ms']:.0f} ms")
+    found: dict[str, Any] = {"clients": rows}
+    for name, key in (("throughput", "tokens_per_s"), ("ttft_p50", "ttft_p50_ms"), ("itl_p95", "itl_p95_ms")):
+        ratios = [theirs[key] / ours[key] for theirs, ours in zip(rows["vllm"], rows["ours"], strict=True)]
+        found[f"clients_{name}_ratio"] = round(statistics.median(ratios), 3)
+    return found
+
+
+def by_vllm(url: str, key: str, name: str, model: Path, seed: int, num_tokens: int, scratch: Path) -> dict[str, float]:
+    """`vllm bench serve`, by its module: the console script looks for a distribution named vllm, which the CPU build is not."""
+    from serve import answer_tokens, question
+
+    questions = scratch / "questions.jsonl"
+    lines = [{"prompt": question(i, seed), "output_tokens": answer_tokens(i, seed, num_tokens)} for i in range(NUM_REQUESTS)]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code = (
+        "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
+        "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
+    )
+    flags = {
+        "backend": "openai-chat",
+        "base-url": url,
+        "endpoint": "/v1/chat/completions",
+        "model": name,
+        "tokenizer": str(model),
+        "dataset-name": "custom",
+        "dataset-path": str(questions),
+        "custom-output-len": "-1",
+        "num-prompts": str(NUM_REQUESTS),
+        "max-concurrency": str(CONCURRENCY),
+        "temperature": "0",
+        "percentile-metrics": "ttft,itl",
+        "metric-percentiles": "50,95",
+        "result-dir": str(scratch),
+        "result-filename": "result.json",
+    }
+    command = [sys.executable, "-c", code, "--skip-chat-template", "--ignore-eos", "--save-result", "--disable-tqdm"]
+    for flag, value in flags.items():
+        command += [f"--{flag}", value]
+    done = subprocess.run(command, env={**os.environ, "OPENAI_API_KEY": key}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"vLLM's client failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    result = json.loads((scratch / "result.json").read_text())
+    if result["completed"] != NUM_REQUESTS:
+        raise SystemExit(f"vLLM's client had {result['completed']} of {NUM_REQUESTS} answers")
+    return {
+        "tokens_per_s": result["output_throughput"],
+        "ttft_p50_ms": result["median_ttft_ms"],
+        "itl_p95_ms": result["p95_itl_ms"],
+    }

@@ -39,7 +39,7 @@ class Product:
     def __init__(self, weight_NK: torch.Tensor) -> None:
         num_outputs, num_inputs = weight_NK.shape
         self.writes_columns = num_outputs >= _TILE_OUTPUTS and _takes_tiles(num_outputs, num_inputs, weight_NK.dtype)
-        """Whether `out_TN` may be some columns of a wider tensor; otherwise it has to be contiguous, which oneDNN's operator does not check."""
+        """Whether `out_TN` may be some columns of a wider tensor. Otherwise it has to be contiguous; oneDNN's operator does not check."""
         self._weight_NK = weight_NK
         self._packed: Any = None
         if self.writes_columns:

@@ -12,6 +12,7 @@ from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import ClusterSpec, FinetuneJob
 from adaptfleet.on_ray.distill.scoring import score_rows
 from adaptfleet.on_ray.joining import connected
+from adaptfleet.on_ray.train.coordinator import ensure_watchful_coordinator
 from adaptfleet.on_ray.train.failures import FailureCount
 from adaptfleet.on_ray.train.few_bits import needs_bitsandbytes
 from adaptfleet.on_ray.train.places import equal_share, shortage
@@ -35,6 +36,8 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
     cluster = job.cluster
     with connected():
         cpus, gpus = worker_resources(cluster)
+        if not isinstance(cluster.workers, int):
+            ensure_watchful_coordinator()
         if isinstance(job.objective, Distillation) and job.objective.source.kind == "offline":
             score_rows(job, folder, cpus, gpus)
         trainer = TorchTrainer(

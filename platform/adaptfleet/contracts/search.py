@@ -12,6 +12,7 @@ from adaptfleet.contracts.base import Spec
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.loading import read_yaml
 from adaptfleet.contracts.names import SafeName, near
+from adaptfleet.contracts.populations import Population, population_offenders
 
 SPACES = Path(__file__).resolve().parents[3] / "tune_spaces"
 Scalar = str | int | float | bool | None
@@ -276,7 +277,7 @@ class Optuna(Spec):
     seed: int = 0
 
 
-Algorithm = Annotated[Grid | Random | Optuna, Field(discriminator="kind")]
+Algorithm = Annotated[Grid | Random | Optuna | Population, Field(discriminator="kind")]
 
 
 class FinalistsSpec(Spec):
@@ -321,6 +322,8 @@ class SweepJob(Spec):
             check_points(self)
         except ContractError as error:
             raise ValueError(str(error)) from None
+        if isinstance(self.algorithm, Population) and (wrong := population_offenders(self, self.algorithm)):
+            raise ValueError("; ".join(wrong))
         return self
 
     @property

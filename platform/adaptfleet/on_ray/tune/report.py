@@ -17,6 +17,7 @@ from adaptfleet.core.reports.scatter import Dot, anchor, scatter
 from adaptfleet.core.search.front import hypervolume, reference
 from adaptfleet.core.search.importance import axis_importances
 from adaptfleet.on_ray.tune.finalists import Settled, vector
+from adaptfleet.on_ray.tune.population_report import population_section
 from adaptfleet.on_ray.tune.sweep_folder import Cost, SweepFolder
 
 _MEASURED = (
@@ -78,6 +79,7 @@ def report(sweep: SweepJob, folder: SweepFolder, settled: Settled) -> str:
         Section("The front", _front_plot(sweep, settled)),
         Section("Finalists, measured", _finalists(settled)),
         Section("How the search went", charts([_over_time(sweep, settled), *_importances(sweep, settled)]) + _links(plots)),
+        Section("The population", population_section(sweep, folder, settled.recommended)),
         Section("All points", _points(sweep, settled)),
         Section("What it cost", _costs(costs)),
         Section("Contract", folded("the resolved contract", yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False))),

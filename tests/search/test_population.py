@@ -246,4 +246,6 @@ def test_a_bad_learning_rate_takes_over_a_good_ones_weights_through_kill_9(
     assert manifest.method and manifest.method["schedule"][0]["from_step"] == 0
     page = (folder.path / "report.html").read_text()
     assert "The population" in page and page.count("<td>member0</td>") >= 4, "its own legs, and those of the one that took over"
+    boards = {board.name for board in (folder.path / "tensorboard").iterdir()}
+    assert boards == {"member0", "member1"}
     assert f"sweep/{job.name}#{manifest.method['point']}" in said(file)

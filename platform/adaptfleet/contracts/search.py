@@ -13,6 +13,7 @@ from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.loading import read_yaml
 from adaptfleet.contracts.names import SafeName, near
 from adaptfleet.contracts.populations import Population, population_offenders
+from adaptfleet.contracts.tracking import TrackingSpec
 
 SPACES = Path(__file__).resolve().parents[3] / "tune_spaces"
 Scalar = str | int | float | bool | None
@@ -303,6 +304,8 @@ class SweepJob(Spec):
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     """Trials at a time. None: as many as the cluster has CPUs, or GPUs where it has any, and more as it grows."""
     finalists: FinalistsSpec = FinalistsSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    """Where the trials are shown, each with its point and its metrics. What a training shows of its steps is `base.tracking`'s."""
 
     @model_validator(mode="before")
     @classmethod
@@ -310,6 +313,15 @@ class SweepJob(Spec):
         if isinstance(values, dict) and isinstance(values.get("space"), str):
             return {**values, "space": _space_in(values["space"])}
         return values
+
+    @model_validator(mode="after")
+    def _trackers_show_trials(self) -> "SweepJob":
+        if self.tracking.wandb is not None:
+            raise ValueError(
+                "tracking.wandb is set, but a sweep's trials are shown in tensorboard and mlflow; leave it out, or give it to the "
+                "trainings: over.tracking.wandb"
+            )
+        return self
 
     @model_validator(mode="after")
     def _points_make_jobs(self) -> "SweepJob":

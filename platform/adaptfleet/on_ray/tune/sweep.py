@@ -49,8 +49,10 @@ def run_sweep(sweep: SweepJob) -> str:
 
 def _check(sweep: SweepJob, registry: Registry) -> None:
     """All that can be wrong with a space's jobs, before a cluster is started."""
+    from adaptfleet.on_ray.train.tracking import check_trackers
     from adaptfleet.on_ray.tune.preflight import check
 
+    check_trackers(sweep)
     baseline = job_of(sweep, sweep.space.baseline)
     points = grid(sweep.space)[:_MAX_CHECKED] if sweep.space.is_finite and sweep.space.grid_size <= _MAX_CHECKED else []
     check(sweep, baseline, points or [normalised(sweep.space, sweep.space.baseline)], registry)
@@ -66,6 +68,7 @@ def search(sweep: SweepJob, folder: SweepFolder, place: "Place") -> None:
 
     from adaptfleet.on_ray.tune.progress import SweepProgress
     from adaptfleet.on_ray.tune.stopping import DominanceStopper
+    from adaptfleet.on_ray.tune.tracking import SweepTracking
 
     attempt = int((folder.read_json("attempt.json") or {"attempt": 0})["attempt"]) + 1
     folder.write_json("attempt.json", {"attempt": attempt})
@@ -88,6 +91,7 @@ def search(sweep: SweepJob, folder: SweepFolder, place: "Place") -> None:
     for record in known:
         if record.status == "finished":
             stopper("", {"point_id": record.point_id, "stage": "finished", **record.metrics})
+    tracking = SweepTracking(sweep, folder)
     progress = SweepProgress(sweep, folder, stopper, attempt, total, seconds)
     function, chosen, space = _population(sweep, folder) if isinstance(sweep.algorithm, Population) else _trials(sweep, folder)
     if not space:
@@ -105,12 +109,12 @@ def search(sweep: SweepJob, folder: SweepFolder, place: "Place") -> None:
             name=f"beginning-{attempt}",
             storage_path=str(folder.path / "tune"),
             stop=stopper,
-            callbacks=[progress],
+            callbacks=[progress, tracking],
             failure_config=tune.FailureConfig(max_failures=_TRIAL_FAILURES),
             verbose=0,
         ),
     )
-    with progress:
+    with progress, tracking:
         tuner.fit()
     folder.tick()
     if not any(record.status == "finished" for record in folder.records().values()):

@@ -28,8 +28,8 @@ def refused(*overrides: str, **space: Any) -> str:
 
 @pytest.mark.parametrize("file", sorted(SPACES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_space_is_one(file: Path) -> None:
-    algorithm = "{kind: random}" if file.stem == "learning_rate" else "{kind: grid}"
-    job = parse_contract(SweepJob, f"{{job: sweep, name: s, space: {file.stem}, algorithm: {algorithm}}}")
+    kind = {"learning_rate": "random", "learning_rate_population": "population"}.get(file.stem, "grid")
+    job = parse_contract(SweepJob, f"{{job: sweep, name: s, space: {file.stem}, algorithm: {{kind: {kind}}}}}")
     assert job.space.job in ("compress", "finetune", "distill", "serve")
     assert job_of(job, normalised(job.space, job.space.baseline))
 

@@ -4,7 +4,8 @@ AdaptfleetError            anything a user can mend; shown without a traceback
 ├── ContractError          a contract, a flag or an environment variable is wrong
 ├── DataError              rows that cannot be used, all of them, with line numbers
 ├── ModelError             a base model that cannot be loaded or does not fit what is asked
-├── TrainingError          a run that cannot go on (a NaN loss, a run folder of another contract)
+├── TrainingError          a run that cannot go on (workers that fail, a run folder of another contract)
+│   └── DivergedError      its loss is no number; other settings from the same checkpoint may do
 ├── StoreError             the store cannot be read or written (a full disk, no credentials)
 │   ├── NotFoundError      no such artifact, version or alias; names near matches
 │   └── CorruptError       a file differs from its manifest's SHA-256
@@ -32,6 +33,10 @@ class ModelError(AdaptfleetError):
 
 
 class TrainingError(AdaptfleetError):
+    pass
+
+
+class DivergedError(TrainingError):
     pass
 
 

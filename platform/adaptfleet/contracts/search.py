@@ -12,6 +12,8 @@ from adaptfleet.contracts.base import Spec
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.loading import read_yaml
 from adaptfleet.contracts.names import SafeName, near
+from adaptfleet.contracts.populations import Population, population_offenders
+from adaptfleet.contracts.tracking import TrackingSpec
 
 SPACES = Path(__file__).resolve().parents[3] / "tune_spaces"
 Scalar = str | int | float | bool | None
@@ -276,7 +278,7 @@ class Optuna(Spec):
     seed: int = 0
 
 
-Algorithm = Annotated[Grid | Random | Optuna, Field(discriminator="kind")]
+Algorithm = Annotated[Grid | Random | Optuna | Population, Field(discriminator="kind")]
 
 
 class FinalistsSpec(Spec):
@@ -302,6 +304,8 @@ class SweepJob(Spec):
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     """Trials at a time. None: as many as the cluster has CPUs, or GPUs where it has any, and more as it grows."""
     finalists: FinalistsSpec = FinalistsSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    """Where the trials are shown, each with its point and its metrics. What a training shows of its steps is `base.tracking`'s."""
 
     @model_validator(mode="before")
     @classmethod
@@ -309,6 +313,15 @@ class SweepJob(Spec):
         if isinstance(values, dict) and isinstance(values.get("space"), str):
             return {**values, "space": _space_in(values["space"])}
         return values
+
+    @model_validator(mode="after")
+    def _trackers_show_trials(self) -> "SweepJob":
+        if self.tracking.wandb is not None:
+            raise ValueError(
+                "tracking.wandb is set, but a sweep's trials are shown in tensorboard and mlflow; leave it out, or give it to the "
+                "trainings: over.tracking.wandb"
+            )
+        return self
 
     @model_validator(mode="after")
     def _points_make_jobs(self) -> "SweepJob":
@@ -321,6 +334,8 @@ class SweepJob(Spec):
             check_points(self)
         except ContractError as error:
             raise ValueError(str(error)) from None
+        if isinstance(self.algorithm, Population) and (wrong := population_offenders(self, self.algorithm)):
+            raise ValueError("; ".join(wrong))
         return self
 
     @property

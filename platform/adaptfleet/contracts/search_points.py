@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
@@ -88,6 +88,17 @@ def point_id(point: "Point") -> str:
         shown = "none" if label is None else f"{label:.6g}" if isinstance(label, float) else str(label).lower()
         parts.append(f"{name}{shown}")
     return "-".join(parts).replace("/", "_").replace(" ", "_")
+
+
+def trial_name(config: Mapping[str, Any]) -> str:
+    """Of a trial, by its configuration: its point, or its number in a population, whose points change."""
+    return point_id(config["point"]) if config.get("member") is None else f"member{config['member']}"
+
+
+def baseline_name(sweep: "SweepJob") -> str:
+    """Of the trial that all others are compared with."""
+    point = normalised(sweep.space, sweep.space.baseline)
+    return trial_name({"point": point, "member": 0 if sweep.algorithm.kind == "population" else None})
 
 
 def base_values(sweep: "SweepJob") -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from adaptfleet.contracts.errors import TrainingError
+from adaptfleet.contracts.errors import DivergedError
 from adaptfleet.contracts.jobs import TrainSpec
 from adaptfleet.core.data.encoding import Encoded
 from adaptfleet.core.data.packing import Pack, pack_arrays
@@ -90,11 +90,11 @@ class Trainer:
             part.load_state({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
         self.step = step
 
-    def run(self) -> Iterator[StepResult]:
-        """Goes on from `self.step` to the plan's end, an update at a time."""
+    def run(self, until: int | None = None) -> Iterator[StepResult]:
+        """Goes on from `self.step` to the plan's end, or to step `until` of it, an update at a time."""
         self.adaptation.begin(self.model, len(self.plan.steps))
         self.model.train()
-        while self.step < len(self.plan.steps):
+        while self.step < (len(self.plan.steps) if until is None else until):
             yield self._update()
 
     def _update(self) -> StepResult:
@@ -118,7 +118,7 @@ class Trainer:
         loss = float(total) / num_units
         if not math.isfinite(loss):
             first = packs[0].indices[:5]
-            raise TrainingError(
+            raise DivergedError(
                 f"the loss of step {self.step + 1} is {loss}; the last checkpoint is kept. "
                 f"The step's first training rows are {list(first)}. "
                 f"Lower train.learning_rate (now {self.train.learning_rate}) or look at these rows."

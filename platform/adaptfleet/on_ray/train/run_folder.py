@@ -3,6 +3,7 @@
 contract.json      the resolved contract
 rows/              the token files (links to the cache), which of their rows are trained on and held out (train.npy, test.npy), the plan of
                    all steps (plan-*.npy), and the held-out rows to answer (test.jsonl)
+segment.json       of a run that trains a part of its plan: from which checkpoint, and up to which step
 facts.json         data hash, base revision, counts, library versions
 metrics.jsonl      a line an update and an evaluation
 tensorboard/       the same curves
@@ -20,6 +21,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,16 @@ from adaptfleet.core.data.examples import Example
 from adaptfleet.core.data.rows import read_rows
 from adaptfleet.core.data.tokens import Rows, TokenFile
 from adaptfleet.core.steps import StepPlan, load_plan
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a plan that a run trains."""
+
+    until: int
+    """The step that it ends with, the plan's last at most."""
+    checkpoint: str | None
+    """Of another run: weights, optimizer and step to begin with. None: it begins at step 0."""
 
 
 class RunFolder:
@@ -95,6 +107,14 @@ class RunFolder:
         """The held-out rows to answer."""
         file = self.path / "rows" / "test.jsonl"
         return read_rows(file) if file.stat().st_size else []
+
+    def write_segment(self, segment: Segment) -> None:
+        self.write_json("segment.json", asdict(segment))
+
+    def read_segment(self) -> Segment | None:
+        """None: the run trains its whole plan."""
+        found = self.read_json("segment.json")
+        return Segment(**found) if found else None
 
     def metrics(self, kind: str) -> list[dict[str, float]]:
         """The lines of a kind (`train`, `evaluation`) in `metrics.jsonl`, in the order of steps."""

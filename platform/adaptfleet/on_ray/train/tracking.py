@@ -10,7 +10,7 @@ import logging
 import netrc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.contracts.search import SweepJob
 from adaptfleet.contracts.tracking import MlflowSpec, WandbSpec
 from adaptfleet.on_ray.train.cluster_metrics import ClusterMetrics
 
@@ -36,7 +37,7 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def check_trackers(job: FinetuneJob) -> None:
+def check_trackers(job: FinetuneJob | SweepJob) -> None:
     """ContractError for each tracker that is not installed, not reachable or without a key, before anything is trained."""
     offenders = [
         f"tracking.{name} is set, but {name} is not installed. Install it where the workers run: pip install {package}; or set "
@@ -58,7 +59,9 @@ def open_trackers(job: FinetuneJob, folder: Path, step: int) -> list[Tracker]:
     if job.tracking.tensorboard:
         trackers.append(TensorBoard(folder, step))
     if job.tracking.mlflow is not None:
-        trackers.append(Mlflow(job.tracking.mlflow, job, folder))
+        tags = {"adaptfleet.fingerprint": job.fingerprint(), "adaptfleet.publish": job.publish.name if job.publish else "-"}
+        parameters = flat(job.model_dump(mode="json"))
+        trackers.append(Mlflow(job.tracking.mlflow, folder / "mlflow.json", job.run_name(), tags, parameters))
     if job.tracking.wandb is not None:
         trackers.append(Wandb(job.tracking.wandb, job, folder))
     return trackers
@@ -79,33 +82,41 @@ class TensorBoard:
 
 
 class Mlflow:
-    """A run of an MLflow experiment. Its id is kept in `mlflow.json`, so that a resumed run goes on in it."""
+    """A run of an MLflow experiment. Its id is kept in a file, so that a resumed run goes on in it."""
 
-    def __init__(self, spec: MlflowSpec, job: FinetuneJob, folder: Path) -> None:
+    def __init__(
+        self,
+        spec: MlflowSpec,
+        kept: Path,
+        name: str,
+        tags: dict[str, str],
+        parameters: Iterable[tuple[str, str]],
+        parent: str | None = None,
+    ) -> None:
+        """`parent`: the id of the run that this one is shown under."""
         mlflow: Any = importlib.import_module("mlflow")
         self._entities: Any = importlib.import_module("mlflow.entities")
         self._client: Any = mlflow.MlflowClient(tracking_uri=spec.uri)
-        kept = folder / "mlflow.json"
         if kept.exists():
-            self._run_id: str = json.loads(kept.read_text())["run_id"]
-            self._client.update_run(self._run_id, status="RUNNING")
+            self.run_id: str = json.loads(kept.read_text())["run_id"]
+            self._client.update_run(self.run_id, status="RUNNING")
             return
         found = self._client.get_experiment_by_name(spec.experiment)
         experiment = found.experiment_id if found is not None else self._client.create_experiment(spec.experiment)
-        tags = {"adaptfleet.fingerprint": job.fingerprint(), "adaptfleet.publish": job.publish.name if job.publish else "-"}
-        self._run_id = self._client.create_run(experiment, run_name=job.run_name(), tags=tags).info.run_id
-        parameters = [self._entities.Param(key, value) for key, value in flat(job.model_dump(mode="json"))]
-        for begin in range(0, len(parameters), _MAX_PARAMETERS):
-            self._client.log_batch(self._run_id, params=parameters[begin : begin + _MAX_PARAMETERS])
-        kept.write_text(json.dumps({"uri": spec.uri, "run_id": self._run_id}))
+        nested = {"mlflow.parentRunId": parent} if parent else {}
+        self.run_id = self._client.create_run(experiment, run_name=name, tags={**tags, **nested}).info.run_id
+        told = [self._entities.Param(key, value) for key, value in parameters]
+        for begin in range(0, len(told), _MAX_PARAMETERS):
+            self._client.log_batch(self.run_id, params=told[begin : begin + _MAX_PARAMETERS])
+        kept.write_text(json.dumps({"uri": spec.uri, "run_id": self.run_id}))
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         now = int(time.time() * 1000)
         metrics = [self._entities.Metric(f"{kind}/{key}", value, now, step) for key, value in values.items()]
-        self._client.log_batch(self._run_id, metrics=metrics)
+        self._client.log_batch(self.run_id, metrics=metrics)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run_id)
+    def close(self, status: str = "FINISHED") -> None:
+        self._client.set_terminated(self.run_id, status)
 
 
 class Wandb:

@@ -72,6 +72,8 @@ class _FinetuneWorker:
         self.sample_rows = answerable[: job.evaluation.max_sample_rows]
         self.answers: list[str] = []
         self.plan = folder.read_plan()
+        self.segment = folder.read_segment()
+        self.until = min(self.segment.until, len(self.plan.steps)) if self.segment else len(self.plan.steps)
         # A base that may be sharded need not fit the device whole: its layers come there one by one.
         self.loads_on = torch.device("cpu") if self.num_workers > 1 and job.cluster.shard != "ddp" else device()
         self.model = self._adapted(check=True)
@@ -160,11 +162,11 @@ class _FinetuneWorker:
             log = MetricsLog(self.folder.path, self.trainer.step, trackers)
             cost = {"redone": log.num_redone, "stopped_at": log.stopped_at, "at": time.time()}
             log.write("start", self.trainer.step, {"num_workers": self.num_workers, **cost})
-        evaluated = {round(num_steps * (i + 1) / self.job.evaluation.times) for i in range(self.job.evaluation.times)}
+        evaluated = {round(num_steps * (i + 1) / self.job.evaluation.times) for i in range(self.job.evaluation.times)} | {self.until}
         reason = f"{self.compile_reason}; {self.placement.mode}: {self.placement.reason}; {self.recompute_reason}"
         self._say(phase="training", compiled=self.compiled, compile_reason=reason)
         num_tokens, seconds, began = 0, 0.0, time.perf_counter()
-        for result in self.trainer.run():
+        for result in self.trainer.run(self.until):
             num_tokens += result.num_tokens
             seconds += time.perf_counter() - began
             speed = num_tokens / seconds
@@ -181,15 +183,18 @@ class _FinetuneWorker:
             if result.step in evaluated and (log or self.is_sharded):
                 metrics |= self._evaluate(log)
                 self.model.train()
-            self._save(metrics, is_last=result.step == num_steps)
+            self._save(metrics, is_last=result.step == self.until)
             began = time.perf_counter()
-        self._finish()
+        if self.until == num_steps:
+            self._finish()
         if log:
             log.close()
 
     def _resume(self) -> bool:
-        """Takes up the last checkpoint; False: there is none."""
+        """Takes up the last checkpoint, or the one that the run's segment begins with; False: there is none."""
         checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None and self.segment and self.segment.checkpoint:
+            checkpoint = ray.train.Checkpoint.from_directory(self.segment.checkpoint)
         if checkpoint is None:
             return False
         with checkpoint.as_directory() as path:

@@ -13,11 +13,14 @@ from adaptfleet.contracts.compression import CompressJob
 from adaptfleet.contracts.errors import ServingError
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.contracts.populations import Population
 from adaptfleet.contracts.search import SweepJob
-from adaptfleet.contracts.search_points import job_of, normalised, point_id
+from adaptfleet.contracts.search_points import baseline_name, job_of
 from adaptfleet.core.search.front import front, knee, thinned
 from adaptfleet.on_ray.train.run_folder import RunFolder
 from adaptfleet.on_ray.tune.computing import Place, compute
+from adaptfleet.on_ray.tune.lineage import Lineage, schedule
+from adaptfleet.on_ray.tune.member import run_name
 from adaptfleet.on_ray.tune.sweep import remove_steps
 from adaptfleet.on_ray.tune.sweep_folder import Record, SweepFolder
 from adaptfleet.on_ray.tune.trial import Trial, stages
@@ -78,8 +81,8 @@ def settle(sweep: SweepJob, folder: SweepFolder, place: Place, registry: Registr
 
     records = list(folder.records().values())
     within = feasible(sweep, records)
-    best_name = point_id(normalised(sweep.space, sweep.space.baseline))
-    baseline = next((record for record in records if record.point_id == best_name and record.status == "finished"), None)
+    named = baseline_name(sweep)
+    baseline = next((record for record in records if record.point_id == named and record.status == "finished"), None)
     if not within:
         limits = ", ".join(map(str, sweep.space.constraints))
         log.info("no point keeps the constraints (%s); see %s", limits, folder.path / "trials")
@@ -101,6 +104,8 @@ def settle(sweep: SweepJob, folder: SweepFolder, place: Place, registry: Registr
     )  # fmt: skip
     if sweep.space.job == "compress":
         remove_steps(folder, {name for record in on_front for name in record.steps})
+    if isinstance(sweep.algorithm, Population):
+        Lineage(folder).trim(is_over=True)
     _write_front(sweep, folder, settled)
     log.info("report: %s", write_report(sweep, folder, settled))
     log.info("recommended: %s. %s", recommended.point_id, settled.reason)
@@ -178,9 +183,15 @@ def _publish(
     job = job_of(sweep, record.point)
     if not isinstance(job, CompressJob | FinetuneJob):
         return None
-    origin = {"sweep": sweep.name, "point": record.point_id}
+    origin: dict[str, Any] = {"sweep": sweep.name, "point": record.point_id}
     found = {key: value for key, value in {**record.metrics, **metrics}.items() if math.isfinite(value)}
-    fingerprint = job.fingerprint()
+    run, fingerprint = f"sweep-{sweep.run_name()[-16:]}-{job.fingerprint()}", job.fingerprint()
+    if isinstance(sweep.algorithm, Population):
+        # settings that changed on the way are no contract of a fine-tune: what was made is named by its last leg
+        last = record.steps[-1]
+        run, fingerprint = run_name(sweep, last), last.partition("-")[2]
+        descent = Lineage(folder).descent(Lineage(folder).named(last))
+        origin["schedule"] = [{"from_step": step, **point} for step, point in schedule(descent)]
     known = registry.find(fingerprint, name)
     if known is not None and (known.method or {}).get("sweep") == sweep.name:
         return known.reference
@@ -202,21 +213,21 @@ def _publish(
         )
         manifest = registry.publish(draft, folder.steps / checkpoint, alias=None)
     else:
-        manifest = _publish_adapter(sweep, job, name, origin, found, libraries, registry)
+        manifest = _publish_adapter(job, RunFolder(home() / "runs" / run), fingerprint, name, origin, found, libraries, registry)
     log.info("published %s: %s", manifest.reference, record.point_id)
     return manifest.reference
 
 
 def _publish_adapter(
-    sweep: SweepJob,
     job: FinetuneJob,
+    run: RunFolder,
+    fingerprint: str,
     name: str,
-    origin: dict[str, str],
+    origin: dict[str, Any],
     metrics: dict[str, float],
     libraries: dict[str, str],
     registry: Registry,
 ) -> Manifest:
-    run = RunFolder(home() / "runs" / f"sweep-{sweep.run_name()[-16:]}-{job.fingerprint()}")
     facts: dict[str, Any] = run.read_json("facts.json") or {}
     method = job.method.model_dump(mode="json")
     method["rank"] = json.loads((run.adapter / "adapter_config.json").read_text())["r"]
@@ -230,7 +241,7 @@ def _publish_adapter(
             f"base:{facts['base']}:{facts['base_revision'][:16]}",
             *(f"data:{entry.source}:{facts['data_sha256'][:16]}" for entry in job.data.sources()),
         ),
-        contract_fingerprint=job.fingerprint(),
+        contract_fingerprint=fingerprint,
         metrics=metrics,
         libraries=libraries,
     )

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from adaptfleet.contracts.search import SweepJob
-from adaptfleet.contracts.search_points import point_id
+from adaptfleet.contracts.search_points import trial_name
 from adaptfleet.core.search.front import front
 from adaptfleet.on_ray.tune.stopping import DominanceStopper
 from adaptfleet.on_ray.tune.sweep_folder import Record, SweepFolder
@@ -132,4 +132,4 @@ def total_cpu_s(folder: SweepFolder) -> float:
 
 
 def _name(trial: Any) -> str:
-    return point_id(trial.config["point"])
+    return trial_name(trial.config)

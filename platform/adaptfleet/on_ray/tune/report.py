@@ -1,6 +1,7 @@
-"""The report of a sweep: `report.html` in its folder, one page that needs nothing else."""
+"""The report of a sweep: `report.html` in its folder, one page that needs nothing else, and its plots as PNG beside it."""
 
 import os
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -11,10 +12,12 @@ from adaptfleet.contracts.search import SweepJob
 from adaptfleet.core.reports.bars import Bar, bar_chart
 from adaptfleet.core.reports.charts import line_chart
 from adaptfleet.core.reports.page import Section, charts, facts, folded, page, table, tiles
+from adaptfleet.core.reports.raster import png
 from adaptfleet.core.reports.scatter import Dot, anchor, scatter
 from adaptfleet.core.search.front import hypervolume, reference
 from adaptfleet.core.search.importance import axis_importances
 from adaptfleet.on_ray.tune.finalists import Settled, vector
+from adaptfleet.on_ray.tune.population_report import population_section
 from adaptfleet.on_ray.tune.sweep_folder import Cost, SweepFolder
 
 _MEASURED = (
@@ -32,12 +35,28 @@ _MEASURED = (
 
 
 def write_report(sweep: SweepJob, folder: SweepFolder, settled: Settled) -> Path:
-    """Writes the page, whole or not at all, and returns its path."""
-    file = folder.path / "report.html"
-    unfinished = folder.path / f".report.html.{os.getpid()}"
-    unfinished.write_text(report(sweep, folder, settled), encoding="utf-8")
+    """Writes the plots and the page, each whole or not at all, and returns the page's path."""
+    for name, figure in _plots(sweep, settled).items():
+        _write(folder.path / name, png(figure))
+    return _write(folder.path / "report.html", report(sweep, folder, settled).encode())
+
+
+def _write(file: Path, content: bytes) -> Path:
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_bytes(content)
     unfinished.replace(file)
     return file
+
+
+def _plots(sweep: SweepJob, settled: Settled) -> dict[str, str]:
+    """The figures that are files too, by name; those without a point are left out."""
+    figures = {"front.png": _front_plot(sweep, settled), "over_time.png": _over_time(sweep, settled)}
+    return {name: figure for name, figure in figures.items() if figure}
+
+
+def _links(names: Iterable[str]) -> str:
+    links = " · ".join(f'<a href="{name}">{name}</a>' for name in names)
+    return f"<p>As files: {links}</p>" if links else ""
 
 
 def report(sweep: SweepJob, folder: SweepFolder, settled: Settled) -> str:
@@ -54,11 +73,13 @@ def report(sweep: SweepJob, folder: SweepFolder, settled: Settled) -> str:
         ("CPU seconds spent", f"{cpu_s:,.0f}"),
         ("CPU seconds of finished points alone", f"{alone:,.0f}"),
     ]
+    plots = _plots(sweep, settled)
     sections = [
         Section("Recommended", _recommended(sweep, settled)),
         Section("The front", _front_plot(sweep, settled)),
         Section("Finalists, measured", _finalists(settled)),
-        Section("How the search went", charts([*_over_time(sweep, settled), *_importances(sweep, settled)])),
+        Section("How the search went", charts([_over_time(sweep, settled), *_importances(sweep, settled)]) + _links(plots)),
+        Section("The population", population_section(sweep, folder, settled.recommended)),
         Section("All points", _points(sweep, settled)),
         Section("What it cost", _costs(costs)),
         Section("Contract", folded("the resolved contract", yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False))),
@@ -117,18 +138,18 @@ def _finalists(settled: Settled) -> str:
     return table(("point", "published as", *(title for _, title in shown)), body) + facts(noise + faults)
 
 
-def _over_time(sweep: SweepJob, settled: Settled) -> list[str]:
+def _over_time(sweep: SweepJob, settled: Settled) -> str:
     """Hypervolume of what was finished by then, over that of the end."""
     if len(sweep.space.objectives) < 2:
         goal = sweep.space.objectives[0]
         points = [(r.search_s, r.metrics[goal.metric]) for r in sorted(settled.feasible, key=lambda r: r.search_s)]
-        return [line_chart(goal.metric, points, x_label="seconds of the search")]
+        return line_chart(goal.metric, points, x_label="seconds of the search")
     ordered = sorted(settled.feasible, key=lambda record: record.search_s)
     vectors = [vector(sweep, record) for record in ordered]
     corner = reference(vectors)
     whole = hypervolume(vectors, corner) or 1.0
     points = [(record.search_s, hypervolume(vectors[: i + 1], corner) / whole) for i, record in enumerate(ordered)]
-    return [line_chart("hypervolume, of the end's", points, x_label="seconds of the search")]
+    return line_chart("hypervolume, of the end's", points, x_label="seconds of the search")
 
 
 def _importances(sweep: SweepJob, settled: Settled) -> list[str]:

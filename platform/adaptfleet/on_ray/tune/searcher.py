@@ -10,6 +10,7 @@ import ray
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from adaptfleet.contracts.populations import Population
 from adaptfleet.contracts.search import Grid, Optuna, Point, Random, Range, Space, SweepJob
 from adaptfleet.contracts.search_points import grid, normalised, point_id
 from adaptfleet.on_ray.tune.sweep_folder import SweepFolder
@@ -117,9 +118,11 @@ def _source(sweep: SweepJob, folder: SweepFolder) -> _Source:
         case Grid():
             return _Listed(iter([first, *grid(sweep.space)]))
         case Random(seed=seed):
-            return _Listed(_drawn(sweep.space, first, seed))
+            return _Listed(drawn(sweep.space, first, seed))
         case Optuna() as algorithm:
             return _Optuna(sweep.space, algorithm, first, folder)
+        case Population():
+            raise AssertionError("a population's members are all there from the beginning")
 
 
 class _Listed:
@@ -136,20 +139,20 @@ class _Listed:
         self._points = itertools.chain([point], self._points)
 
 
-def _drawn(space: Space, first: Point, seed: int) -> Iterator[Point]:
+def drawn(space: Space, first: Point, seed: int) -> Iterator[Point]:
     """The same points in the same order for a seed."""
     generator = random.Random(seed)
     yield first
     while True:
-        yield normalised(space, {name: _draw(axis, generator) for name, axis in space.axes.items()})
+        yield normalised(space, {name: draw(axis, generator) for name, axis in space.axes.items()})
 
 
-def _draw(axis: Any, generator: random.Random) -> Any:
+def draw(axis: Any, generator: random.Random) -> Any:
     if not isinstance(axis, Range):
         return generator.choice(axis.labels())
     if axis.log:
-        drawn = axis.low * (axis.high / axis.low) ** generator.random()
-        return round(drawn) if axis.is_whole else drawn
+        value = axis.low * (axis.high / axis.low) ** generator.random()
+        return round(value) if axis.is_whole else value
     return generator.randint(int(axis.low), int(axis.high)) if axis.is_whole else generator.uniform(axis.low, axis.high)
 
 

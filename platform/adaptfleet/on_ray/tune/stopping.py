@@ -6,7 +6,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from adaptfleet.contracts.search import Asha, Dominance, Grid, Median, SweepJob
-from adaptfleet.contracts.search_points import normalised, point_id
+from adaptfleet.contracts.search_points import baseline_name
 
 R = TypeVar("R", bound=TrialScheduler)
 
@@ -28,7 +28,7 @@ def scheduler(sweep: SweepJob) -> TrialScheduler:
 
 def _sparing(rule: type[R], sweep: SweepJob) -> type[R]:
     """The same rule, which ends no baseline: that one is always in the comparison."""
-    baseline = point_id(normalised(sweep.space, sweep.space.baseline))
+    baseline = baseline_name(sweep)
 
     class Sparing(rule):  # type: ignore[misc, valid-type]
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -47,7 +47,7 @@ class DominanceStopper(tune.Stopper):
         rule = sweep.space.early_stopping
         self._margin = rule.margin if isinstance(rule, Dominance) else None
         self._rounds_all = isinstance(sweep.algorithm, Grid)
-        self._baseline = point_id(normalised(sweep.space, sweep.space.baseline))
+        self._baseline = baseline_name(sweep)
         self._seen: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
         self._finished: dict[str, tuple[float, float]] = {}
         self.reasons: dict[str, str] = {}

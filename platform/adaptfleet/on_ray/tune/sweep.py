@@ -2,12 +2,14 @@
 
 import logging
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from adaptfleet.contracts.compression import CompressJob, Quantize
 from adaptfleet.contracts.errors import TrainingError
-from adaptfleet.contracts.search import Grid, SweepJob
-from adaptfleet.contracts.search_points import grid, job_of, normalised, point_id
+from adaptfleet.contracts.populations import Population
+from adaptfleet.contracts.search import Grid, Point, SweepJob
+from adaptfleet.contracts.search_points import grid, job_of, normalised, trial_name
 from adaptfleet.on_ray.joining import joined_cluster
 from adaptfleet.on_ray.tune.sweep_folder import SweepFolder
 from adaptfleet.store.registry import Registry
@@ -47,8 +49,10 @@ def run_sweep(sweep: SweepJob) -> str:
 
 def _check(sweep: SweepJob, registry: Registry) -> None:
     """All that can be wrong with a space's jobs, before a cluster is started."""
+    from adaptfleet.on_ray.train.tracking import check_trackers
     from adaptfleet.on_ray.tune.preflight import check
 
+    check_trackers(sweep)
     baseline = job_of(sweep, sweep.space.baseline)
     points = grid(sweep.space)[:_MAX_CHECKED] if sweep.space.is_finite and sweep.space.grid_size <= _MAX_CHECKED else []
     check(sweep, baseline, points or [normalised(sweep.space, sweep.space.baseline)], registry)
@@ -63,9 +67,8 @@ def search(sweep: SweepJob, folder: SweepFolder, place: "Place") -> None:
     from ray import tune
 
     from adaptfleet.on_ray.tune.progress import SweepProgress
-    from adaptfleet.on_ray.tune.searcher import PointSearcher
-    from adaptfleet.on_ray.tune.stopping import DominanceStopper, scheduler
-    from adaptfleet.on_ray.tune.trial import run_trial
+    from adaptfleet.on_ray.tune.stopping import DominanceStopper
+    from adaptfleet.on_ray.tune.tracking import SweepTracking
 
     attempt = int((folder.read_json("attempt.json") or {"attempt": 0})["attempt"]) + 1
     folder.write_json("attempt.json", {"attempt": attempt})
@@ -74,7 +77,13 @@ def search(sweep: SweepJob, folder: SweepFolder, place: "Place") -> None:
     if seconds is not None and seconds <= 0:
         log.info("the time of the budget is spent; %d points are known", len(folder.records()))
         return
-    total = len(grid(sweep.space)) if isinstance(sweep.algorithm, Grid) else sweep.limits.trials
+    match sweep.algorithm:
+        case Grid():
+            total: int | None = len(grid(sweep.space))
+        case Population(size=size):
+            total = size
+        case _:
+            total = sweep.limits.trials
     known = [record for record in folder.records().values() if record.status != "failed"]
     log.info("sweep %s in %s: %s points, %d of them known", sweep.name, folder.path, total or "any number of", len(known))
     stopper = DominanceStopper(sweep)
@@ -82,33 +91,72 @@ def search(sweep: SweepJob, folder: SweepFolder, place: "Place") -> None:
     for record in known:
         if record.status == "finished":
             stopper("", {"point_id": record.point_id, "stage": "finished", **record.metrics})
+    tracking = SweepTracking(sweep, folder)
     progress = SweepProgress(sweep, folder, stopper, attempt, total, seconds)
+    function, chosen, space = _population(sweep, folder) if isinstance(sweep.algorithm, Population) else _trials(sweep, folder)
+    if not space:
+        return
     tuner = tune.Tuner(
-        tune.with_resources(run_trial, {"CPU": 0, "memory": _TRIAL_BYTES}),
-        param_space={"place": place, "folder": str(folder.path), "attempt": attempt},
+        tune.with_resources(function, {"CPU": 0, "memory": _TRIAL_BYTES}),
+        param_space={"place": place, "folder": str(folder.path), "attempt": attempt, **space},
         tune_config=tune.TuneConfig(
-            search_alg=PointSearcher(sweep, folder),
-            scheduler=scheduler(sweep),
-            num_samples=-1,
             reuse_actors=True,
             time_budget_s=seconds,
-            trial_dirname_creator=lambda trial: f"{point_id(trial.config['point'])[:60]}-{trial.trial_id}",
+            trial_dirname_creator=lambda trial: f"{trial_name(trial.config)[:60]}-{trial.trial_id}",
+            **chosen,
         ),
         run_config=tune.RunConfig(
             name=f"beginning-{attempt}",
             storage_path=str(folder.path / "tune"),
             stop=stopper,
-            callbacks=[progress],
+            callbacks=[progress, tracking],
             failure_config=tune.FailureConfig(max_failures=_TRIAL_FAILURES),
             verbose=0,
         ),
     )
-    with progress:
+    with progress, tracking:
         tuner.fit()
     folder.tick()
     if not any(record.status == "finished" for record in folder.records().values()):
         reasons = {record.reason for record in folder.records().values() if record.status == "failed"}
         raise TrainingError(f"no point of the sweep came to an end. {'; '.join(sorted(reasons))[:2000]}")
+
+
+Chosen = tuple[Callable[[dict[str, Any]], None], dict[str, Any], dict[str, Any]]
+"""A Tune function, how its trials are chosen and ended, and what they are given. Given nothing: there is none to run."""
+
+
+def _trials(sweep: SweepJob, folder: SweepFolder) -> Chosen:
+    """A trial for each point."""
+    from adaptfleet.on_ray.tune.searcher import PointSearcher
+    from adaptfleet.on_ray.tune.stopping import scheduler
+    from adaptfleet.on_ray.tune.trial import run_trial
+
+    chosen = {"search_alg": PointSearcher(sweep, folder), "scheduler": scheduler(sweep), "num_samples": -1}
+    return run_trial, chosen, {"member": None}
+
+
+def _population(sweep: SweepJob, folder: SweepFolder) -> Chosen:
+    """A trial for each member that has not finished."""
+    from ray import tune
+
+    from adaptfleet.on_ray.tune.member import run_member
+    from adaptfleet.on_ray.tune.population import PopulationScheduler, meeting_step, unfinished_members
+    from adaptfleet.on_ray.tune.searcher import concurrency
+
+    members = unfinished_members(sweep, folder)
+
+    def point_of(config: dict[str, Any]) -> Point:
+        return members[config["member"]]
+
+    barrier = meeting_step(folder, list(members))
+    space = {
+        "member": tune.grid_search(list(members)),
+        "point": tune.sample_from(point_of),
+        "at_a_time": concurrency(sweep),
+        "barrier": barrier,
+    }
+    return run_member, {"scheduler": PopulationScheduler(sweep, barrier)}, space if members else {}
 
 
 def _cpus() -> int:

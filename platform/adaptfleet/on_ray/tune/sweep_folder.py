@@ -6,12 +6,16 @@ history.jsonl      a line for each of these records, the replaced ones too: what
 begun/POINT        a point that was begun; without a record in trials/ it was interrupted
 costs/STEP.json    what each step cost, and which point made it
 steps/STEP/        checkpoints and adapters that points share; those that no point of the front needs are removed at the end
+population/        of population-based training: what each member trained, and from whose checkpoint
 quality/STEP.json  held-out loss of a checkpoint, measured once
 failures/          steps that failed, so that they fail once for all points
 finalists/         what the engine made of the points of the front
-tune/              Ray Tune's own files, TensorBoard's among them
+tune/              Ray Tune's own files
+tensorboard/       a folder a trial: its losses as it went on, its point and its metrics
+mlflow.json        where MLflow is asked for: the sweep's run; mlflow/ has those of its trials
 front.json         the front, the recommended point, all costs
 report.html        all of it to look at
+front.png          its plot of the front, and over_time.png how the search went
 """
 
 import fcntl

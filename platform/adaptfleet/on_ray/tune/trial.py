@@ -15,11 +15,11 @@ import ray
 from ray import tune
 
 from adaptfleet.contracts.compression import CompressJob, Quantize, Recover
-from adaptfleet.contracts.errors import AdaptfleetError, ContractError, TrainingError
+from adaptfleet.contracts.errors import AdaptfleetError, ContractError, DivergedError, TrainingError
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.jobs import FinetuneJob, TrainSpec
 from adaptfleet.contracts.search import ENGINE_METRICS, Point, SweepJob
-from adaptfleet.contracts.search_points import job_of, point_id
+from adaptfleet.contracts.search_points import job_of, trial_name
 from adaptfleet.contracts.serving import ServingSpec
 from adaptfleet.on_ray.tune.computing import Place, compute, finished, submit
 from adaptfleet.on_ray.tune.plan import Plan
@@ -39,10 +39,12 @@ class Trial:
     place: Place
     point: Point
     attempt: int
+    member: int | None = None
+    """Its number, where it is of a population."""
 
     @property
     def id(self) -> str:
-        return point_id(self.point)
+        return trial_name({"point": self.point, "member": self.member})
 
     @property
     def common(self) -> tuple[str, str]:
@@ -80,11 +82,12 @@ class Trial:
         """What failed for one point fails for all that share it, at once: it is tried again in the next beginning."""
         file = f"failures/{step}.{self.attempt}.json"
         if (known := self.folder.read_json(file)) is not None:
-            raise TrainingError(f"{step} failed for another point: {known['reason']}")
+            kind = DivergedError if known["diverged"] else TrainingError
+            raise kind(f"{step} failed for another point: {known['reason']}")
         try:
             yield
         except Exception as error:
-            self.folder.write_json(file, {"reason": str(error)[-2000:]})
+            self.folder.write_json(file, {"reason": str(error)[-2000:], "diverged": isinstance(error, DivergedError)})
             raise
 
     def record(self, status: Any, metrics: dict[str, float], reason: str = "", steps: tuple[str, ...] = ()) -> None:
@@ -110,8 +113,12 @@ def run_trial(config: dict[str, Any]) -> None:
                     report |= report["metrics"]
                 tune.report({"point_id": trial.id, **{key: value for key, value in report.items() if key not in ("metrics", "steps")}})
     except Exception as error:  # whatever it is, the other points are none the worse for it
-        shown = str(error) if isinstance(error, AdaptfleetError) else "".join(traceback.format_exception_only(error)).strip()
-        trial.record("failed", {}, shown[-2000:])
+        trial.record("failed", {}, shown(error))
+
+
+def shown(error: Exception) -> str:
+    told = str(error) if isinstance(error, AdaptfleetError) else "".join(traceback.format_exception_only(error)).strip()
+    return told[-2000:]
 
 
 def stages(trial: Trial) -> Generator[Report]:
@@ -142,7 +149,7 @@ def _compression(trial: Trial, job: CompressJob) -> Iterator[Report]:
             yield {"stage": "unrounded", "nll": bound["nll"], **known}
         work = ("compress_steps.make", *trial.common, job, step, earlier, trial.evaluations)
         if isinstance(spec, Recover):
-            for report in _training(trial, step.name, str(step.run), spec.train, *work):
+            for report in training(trial, step.name, str(step.run), spec.train, *work):
                 yield {**report, **known}
         else:
             trial.made(step.name, *work)
@@ -158,7 +165,7 @@ def _compression(trial: Trial, job: CompressJob) -> Iterator[Report]:
     if {*(o.metric for o in space.objectives), *(c.metric for c in space.constraints)} & ENGINE_METRICS:
         names.append(f"engine-{checkpoint or 'parent'}")
         metrics |= trial.measured(names[-1], "engine_trials.checkpoint_in_engine", *trial.common, job, checkpoint, alone=True)
-    yield {"stage": "finished", "metrics": metrics | _own_costs(trial, names), "steps": tuple(names), "rounding": rounding}
+    yield {"stage": "finished", "metrics": metrics | own_costs(trial, names), "steps": tuple(names), "rounding": rounding}
 
 
 def _quality(checkpoint: str | None) -> str:
@@ -171,20 +178,20 @@ def _finetune(trial: Trial, job: FinetuneJob) -> Iterator[Report]:
     run = f"sweep-{trial.sweep.run_name()[-16:]}-{job.fingerprint()}"
     whole = job.model_copy(update={"run": run, "evaluation": evaluation})
     last: Report = {}
-    for report in _training(trial, name, run, job.train, "finetune_steps.train", *trial.common, name, whole):
+    for report in training(trial, name, run, job.train, "finetune_steps.train", *trial.common, name, whole):
         last = report
         yield report
     metrics = json.loads((trial.folder.steps / name / "metrics.json").read_text())
-    yield {**last, "stage": "finished", "metrics": metrics | _own_costs(trial, [name]), "steps": (name,)}
+    yield {**last, "stage": "finished", "metrics": metrics | own_costs(trial, [name]), "steps": (name,)}
 
 
 def _serving(trial: Trial, spec: ServingSpec) -> Iterator[Report]:
     name = f"engine-{spec.fingerprint()}"
     metrics = trial.measured(name, "engine_trials.under_load", *trial.common, spec, alone=True)
-    yield {"stage": "finished", "metrics": metrics | _own_costs(trial, [name]), "steps": (name,)}
+    yield {"stage": "finished", "metrics": metrics | own_costs(trial, [name]), "steps": (name,)}
 
 
-def _training(trial: Trial, name: str, run: str, train: TrainSpec, function: str, *arguments: Any) -> Iterator[Report]:
+def training(trial: Trial, name: str, run: str, train: TrainSpec, function: str, *arguments: Any) -> Iterator[Report]:
     """The evaluations of a training, whichever trial does it: the first that gets the lock trains, the others look on. One that is ended
     early can be taken up from its last checkpoint."""
     target, lock, ref = trial.folder.steps / name, trial.folder.lock(name), None
@@ -208,12 +215,12 @@ def _training(trial: Trial, name: str, run: str, train: TrainSpec, function: str
             done, ref = ref, None
             with trial.failing_once(name):
                 tokens, cost = finished(done)
-            trial.folder.add_cost(name, Cost(cost.cpu_s + _workers_cpu_s(path), cost.wall_s, tokens, trial.id))
+            trial.folder.add_cost(name, Cost(cost.cpu_s + workers_cpu_s(path), cost.wall_s, tokens, trial.id))
     finally:
         if ref is not None:
             # the task's process owns the training's workers, which end with it
             ray.cancel(ref, force=True)
-            trial.folder.add_cost(f"{name}.ended-{trial.id}"[:200], Cost(_workers_cpu_s(path), 0.0, 0, trial.id))
+            trial.folder.add_cost(f"{name}.ended-{trial.id}"[:200], Cost(workers_cpu_s(path), 0.0, 0, trial.id))
         lock.release()
     yield from _evaluations(path, told, trial.evaluations)
 
@@ -229,7 +236,7 @@ def _check_tokens(trial: Trial, train: TrainSpec) -> None:
         )
 
 
-def _workers_cpu_s(run: Path) -> float:
+def workers_cpu_s(run: Path) -> float:
     """CPU time of the training's workers, as the first of them tells."""
     file = run / "progress.json"
     return float(json.loads(file.read_text()).get("cpu_s", 0.0)) if file.is_file() else 0.0
@@ -249,7 +256,7 @@ def _evaluations(run: Path, told: int, expected: int) -> Iterator[Report]:
         yield {"stage": f"training {number}/{expected}", "evaluation": number, "eval_loss": values["eval_loss"]}
 
 
-def _own_costs(trial: Trial, names: list[str]) -> dict[str, float]:
+def own_costs(trial: Trial, names: list[str]) -> dict[str, float]:
     """What the point's steps cost, whoever made them."""
     costs = trial.folder.costs()
     mine = [costs[name] for name in names if name in costs]

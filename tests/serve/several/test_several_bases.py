@@ -149,6 +149,19 @@ def test_a_client_that_leaves_frees_its_engine(several: Several) -> None:
     assert running == 0
 
 
+def test_a_gateway_dies_and_the_other_takes_its_requests(several: Several) -> None:
+    record = several.endpoint.cluster._record
+    gateways = [
+        process.pid
+        for process in members(record.leader, record.marker)
+        if Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(b"ray::ServeReplica:adaptfleet:gateway")
+    ]
+    assert len(gateways) == 2
+    os.kill(gateways[0], signal.SIGKILL)
+    for _ in range(10):
+        assert several.endpoint.answer("numbers", PROMPT, NUM_TOKENS) == several.answers["numbers"]
+
+
 def _engine_of(endpoint: Endpoint, base: str) -> int:
     """The process of the engine whose replica serves this base."""
     record = endpoint.cluster._record

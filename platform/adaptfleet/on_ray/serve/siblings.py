@@ -37,7 +37,10 @@ class Running:
         """Their ids, in the endpoint's order; at most a second old."""
         if time.monotonic() >= self._seen_until:
             self._seen_until = time.monotonic() + _SEEN_FOR_S
-            self._seen = await asyncio.to_thread(self._look)
+            try:
+                self._seen = await asyncio.to_thread(self._look)
+            except (ray.exceptions.RayError, RayServeException) as error:
+                log.warning("Serve's controller does not say who runs, what it last said is used: %s", type(error).__name__)
         return self._seen
 
     def _look(self) -> list[str]:

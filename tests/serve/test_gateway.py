@@ -37,8 +37,10 @@ class Placed:
 
 
 class Awake:
+    base_ids = ("second",)
+
     async def now(self) -> list[str]:
-        return ["second"]
+        return list(self.base_ids)
 
 
 async def _answer(send: Any, status: int, body: bytes, content_type: bytes = b"application/json") -> None:
@@ -89,7 +91,7 @@ def _replica(handler: Replica) -> Any:
 async def _gateway(first: list[Replica], second: list[Replica]) -> AsyncIterator[tuple[httpx.AsyncClient, dict[str, Placed]]]:
     placed = {"first": Placed(), "second": Placed()}
     catalog = Catalog(Registry.open(), "first", "1" * 64, bases=BASES)
-    forwarding = Forwarding(catalog, Tenancy(None, PolicyFile(), 1), placed, Awake(), 10_000, 20_000)  # type: ignore[arg-type]
+    forwarding = Forwarding(catalog, Tenancy(None, PolicyFile(), 1), placed, Awake(), False, 10_000, 20_000)  # type: ignore[arg-type]
     async with _nested([*first, *second]) as addresses, _served(forwarding) as address:
         placed["first"].addresses, placed["second"].addresses = addresses[: len(first)], addresses[len(first) :]
         async with httpx.AsyncClient(base_url=f"http://{address}", timeout=30) as client:
@@ -186,3 +188,18 @@ def test_a_stream_that_breaks_off_says_so(fresh_home: Path) -> None:
         assert json.loads(events[1].removeprefix("data: "))["error"]["code"] == "engine_died"
 
     _run([breaking], [], ask)
+
+
+@pytest.mark.parametrize(("awake", "may_sleep", "status"), [(("second",), False, 200), ((), False, 503), ((), True, 200)])
+def test_it_is_well_while_one_base_answers_or_all_may_sleep(
+    fresh_home: Path, monkeypatch: pytest.MonkeyPatch, awake: tuple[str, ...], may_sleep: bool, status: int
+) -> None:
+    monkeypatch.setattr(Awake, "base_ids", awake)
+
+    async def main() -> None:
+        catalog = Catalog(Registry.open(), "first", "1" * 64, bases=BASES)
+        forwarding = Forwarding(catalog, Tenancy(None, PolicyFile(), 1), {}, Awake(), may_sleep, 1, 1)  # type: ignore[arg-type]
+        async with _served(forwarding) as address, httpx.AsyncClient() as client:
+            assert (await client.get(f"http://{address}/healthz")).status_code == status
+
+    asyncio.run(main())

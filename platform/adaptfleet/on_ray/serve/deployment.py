@@ -68,7 +68,8 @@ def _several(spec: ServingSpec, bases: tuple[ServingSpec, ...], cores: list[int]
         .bind(_lasting(base), num_cpus, embedder(base, _places()) if base.embeddings else None, offered)
         for base, num_cpus in zip(bases, cores, strict=True)
     ]
-    settings = (offered, spec.auth == "api-key", spec.max_request_bytes, spec.max_file_bytes)
+    may_sleep = not any(base.min_replicas() for base in bases)
+    settings = (offered, spec.auth == "api-key", may_sleep, spec.max_request_bytes, spec.max_file_bytes)
     gateway = serve.deployment(name="gateway", health_check_period_s=5)(serve.ingress()(Gateway)).options(
         num_replicas=_GATEWAYS,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _places() | _IN_THE_REPLICA}},

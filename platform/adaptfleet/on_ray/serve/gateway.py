@@ -48,11 +48,18 @@ class Gateway:
     """Serve asks for the ASGI application after `__init__` (`__serve_build_asgi_app__`, Ray 2.60)."""
 
     async def __init__(  # type: ignore[misc]
-        self, offered: tuple[Offer, ...], has_keys: bool, max_request_bytes: int, max_file_bytes: int, *endpoints: DeploymentHandle
+        self,
+        offered: tuple[Offer, ...],
+        has_keys: bool,
+        may_sleep: bool,
+        max_request_bytes: int,
+        max_file_bytes: int,
+        *endpoints: DeploymentHandle,
     ) -> None:
-        """`endpoints`: the bases' deployments, in the order of `offered`."""
+        """`may_sleep`: no base has to have a replica. `endpoints`: the bases' deployments, in the order of `offered`."""
         self._offered = offered
         self._has_keys = has_keys
+        self._may_sleep = may_sleep
         self._max_request_bytes = max_request_bytes
         self._max_file_bytes = max_file_bytes
         for endpoint in endpoints:
@@ -70,7 +77,7 @@ class Gateway:
         tenancy = Tenancy(ApiKeys() if self._has_keys else None, PolicyFile(), 1)
         running = Running([base.id for base in bases], serve.get_replica_context().app_name)
         await wait_for_proxy()
-        return Forwarding(catalog, tenancy, self._places, running, self._max_request_bytes, self._max_file_bytes)
+        return Forwarding(catalog, tenancy, self._places, running, self._may_sleep, self._max_request_bytes, self._max_file_bytes)
 
 
 class Forwarding:
@@ -82,6 +89,7 @@ class Forwarding:
         tenancy: Tenancy,
         places: Mapping[str, Places],
         running: Running,
+        may_sleep: bool,
         max_request_bytes: int,
         max_file_bytes: int,
     ) -> None:
@@ -89,6 +97,7 @@ class Forwarding:
         self._tenancy = tenancy
         self._places = places
         self._running = running
+        self._may_sleep = may_sleep
         self._max_request_bytes = max_request_bytes
         self._max_file_bytes = max_file_bytes
         self._session: aiohttp.ClientSession | None = None
@@ -99,7 +108,7 @@ class Forwarding:
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
         elif scope["path"] == "/healthz" and scope["method"] == "GET":
-            healthy = bool(await self._running.now())
+            healthy = self._may_sleep or bool(await self._running.now())
             await answer(send, 200 if healthy else 503, b'{"status":"ok"}' if healthy else b'{"status":"no base has a replica"}')
         else:
             try:

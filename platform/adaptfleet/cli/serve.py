@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         # Ray reads its environment when it is imported.
         from adaptfleet.on_ray.serve.deploy import deploy
 
-        print(f"starting the endpoint with {spec.base_id()}; the engine takes about half a minute ...", flush=True)
+        ids = " and ".join(base.base_id() for base in spec.bases())
+        print(f"starting the endpoint with {ids}; an engine takes about half a minute ...", flush=True)
         url = deploy(spec, host=args.host, port=args.port)
         endpoint.write_text(json.dumps({"host": args.host, "port": args.port}), encoding="utf-8")
     except BaseException:
@@ -74,6 +75,7 @@ def check_port(host: str, port: int) -> None:
 def _say_how_to_use(url: str, spec: ServingSpec) -> None:
     print(f"\nThe endpoint answers at {url}/v1")
     header, key = "", '"none"'
+    bases = "these bases" if spec.more_bases else "this base"
     if spec.auth == "api-key":
         from adaptfleet.on_ray.serve.key_file import client_key_file, ensure_keys
 
@@ -93,5 +95,5 @@ def _say_how_to_use(url: str, spec: ServingSpec) -> None:
   client = OpenAI(base_url="{url}/v1", api_key={key})
   client.chat.completions.create(model="{spec.base_id()}", messages=[{{"role": "user", "content": "Hello"}}])
 
-Every published adapter of this base is a model there too: `adaptfleet models list`. Stop it all: `make stop`."""
+Every published adapter of {bases} is a model there too: `adaptfleet models list`. Stop it all: `make stop`."""
     )

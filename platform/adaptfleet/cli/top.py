@@ -91,18 +91,23 @@ def _message(error: urllib.error.HTTPError) -> str:
 
 
 def _print_plain(status: dict[str, Any]) -> None:
-    if status["engine"]:
-        print_table(("engine", "now"), [(name, f"{value:g}") for name, value in status["engine"].items()])
+    for base in _bases(status):
+        if base["engine"]:
+            print_table((f"engine of {base['base']}", "now"), [(name, f"{value:g}") for name, value in base["engine"].items()])
     for columns, rows in ((_MODELS, status["models"]), (_TENANTS, status["tenants"])):
         print_table([name for name, _ in columns], [[str(row[key]) or "-" for _, key in columns] for row in rows])
 
 
+def _bases(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of an endpoint from before there could be several, its one."""
+    return list(status.get("bases") or [status])
+
+
 def _drawn(url: str, status: dict[str, Any]) -> Group:
-    engine = "  ".join(f"{name} {value:g}" for name, value in status["engine"].items())
-    parts: list[Any] = [
-        Text(f"{url}  {status['base']}  replica {status['replica']}  {time.strftime('%H:%M:%S')}", style="bold"),
-        Text(engine),
-    ]
+    parts: list[Any] = [Text(f"{url}  {time.strftime('%H:%M:%S')}", style="bold")]
+    for base in _bases(status):
+        engine = "  ".join(f"{name} {value:g}" for name, value in base["engine"].items())
+        parts.append(Text(f"{base['base']}  replica {base['replica'] or '-'}  {engine}"))
     busiest = sorted(status["models"], key=lambda row: -row["requests"])
     for columns, rows in ((_MODELS, busiest[:30]), (_TENANTS, status["tenants"][:30])):
         table = Table(header_style="bold", expand=True)

@@ -1,6 +1,7 @@
 """What the OpenAI-compatible endpoint serves."""
 
-from typing import Annotated, Any, Literal
+from collections import Counter
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -52,21 +53,17 @@ class ReplicaRange(Spec):
         return self
 
 
-class ServingSpec(Spec):
+class BaseSpec(Spec):
+    """One base of the endpoint: its engine, its replicas, and how many adapters of it are held."""
+
     model: ModelSpec = ModelSpec()
     served_name: SafeName | None = None
     """The base's id on the endpoint. None: the model source's last part."""
-    auth: Literal["api-key", "none"] = "api-key"
-    """`api-key`: a bearer key from ADAPTFLEET_API_KEYS (comma separated) or the file `api-keys` in ADAPTFLEET_HOME."""
-    tls: TlsSpec | None = None
-    """HTTPS by Serve's own proxy. None: HTTP, for loopback or behind something that speaks HTTPS."""
-    traces_endpoint: str | None = None
-    """An OpenTelemetry collector: `http://host:4317` (gRPC), or `http://host:4318/v1/traces`. None: no traces."""
     max_loras: Annotated[int, Field(ge=1)] = 8
     """Adapters that may share one batch."""
     max_cpu_loras: Annotated[int, Field(ge=1)] = 64
     """Adapters kept in host memory, the least recently used leaves first."""
-    pinned: tuple[SafeName, ...] = ()
+    pinned: tuple[SafeName, ...] = Field(default=(), strict=False)
     """Adapters whose version in production never leaves its slot."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
     max_model_len: Annotated[int, Field(ge=16)] = 2048
@@ -74,11 +71,6 @@ class ServingSpec(Spec):
     """Sequences of one batch; continuous batching admits the next as one ends."""
     kv_cache_gib: Annotated[int, Field(ge=1)] = 1
     """Memory of the paged KV cache on a CPU. On a GPU the engine takes what is free."""
-    max_request_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
-    max_file_bytes: Annotated[int, Field(ge=1024)] = 100 * 1024 * 1024
-    """Of one file of `/v1/files`."""
-    embeddings: EmbeddingsSpec | None = None
-    """None: `/v1/embeddings`, `/pooling` and `/score` are refused."""
     max_waiting: Annotated[int, Field(ge=0)] = 256
     """Requests of a replica beyond max_num_seqs. What comes after them gets a 503 at once, to try again later."""
     replicas: Annotated[
@@ -100,7 +92,7 @@ class ServingSpec(Spec):
     """Passed to vLLM as they are, by vLLM's own names (`tensor_parallel_size: 2`). The one escape hatch."""
 
     @model_validator(mode="after")
-    def _pins_leave_a_slot(self) -> "ServingSpec":
+    def _pins_leave_a_slot(self) -> Self:
         if len(set(self.pinned)) >= self.max_loras:
             raise ValueError(
                 f"pinned has {len(set(self.pinned))} adapters and max_loras is {self.max_loras}: no slot is left for others. "
@@ -111,5 +103,54 @@ class ServingSpec(Spec):
     def max_replicas(self) -> int:
         return self.replicas if isinstance(self.replicas, int) else self.replicas.max
 
+    def min_replicas(self) -> int:
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.min
+
     def base_id(self) -> str:
         return self.served_name or self.model.source.rstrip("/").rsplit("/", 1)[-1].partition("@")[0].lower()
+
+
+class ServingSpec(BaseSpec):
+    """The endpoint and its first base, whose keys are given as if it were the only one."""
+
+    more_bases: tuple[BaseSpec, ...] = Field(default=(), strict=False)
+    """Further bases, each with an engine, replicas and adapters of its own."""
+    auth: Literal["api-key", "none"] = "api-key"
+    """`api-key`: a bearer key from ADAPTFLEET_API_KEYS (comma separated) or the file `api-keys` in ADAPTFLEET_HOME."""
+    tls: TlsSpec | None = None
+    """HTTPS by Serve's own proxy. None: HTTP, for loopback or behind something that speaks HTTPS."""
+    traces_endpoint: str | None = None
+    """An OpenTelemetry collector: `http://host:4317` (gRPC), or `http://host:4318/v1/traces`. None: no traces."""
+    max_request_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
+    max_file_bytes: Annotated[int, Field(ge=1024)] = 100 * 1024 * 1024
+    """Of one file of `/v1/files`."""
+    embeddings: EmbeddingsSpec | None = None
+    """Of the first base and its adapters. None: `/v1/embeddings`, `/pooling` and `/score` are refused."""
+
+    @model_validator(mode="after")
+    def _bases_differ(self) -> Self:
+        specs: tuple[BaseSpec, ...] = (self, *self.more_bases)
+        ids = Counter(spec.base_id() for spec in specs)
+        pins = Counter(name for spec in specs for name in set(spec.pinned))
+        faults = [
+            f"{num} bases have the id {known_as!r}; an id is one base's. Give them different ones with served_name."
+            for known_as, num in ids.items()
+            if num > 1
+        ]
+        faults += [
+            f"{name!r} is pinned for {num} bases; an adapter has one. Leave it with the base it was trained on."
+            for name, num in pins.items()
+            if num > 1
+        ]
+        if faults:
+            raise ValueError(" ".join(faults))
+        return self
+
+    def bases(self) -> tuple["ServingSpec", ...]:
+        """A spec for each base, as if it were the only one; the first one's first. The embeddings go with that one."""
+        shared = {name: getattr(self, name) for name in ("auth", "tls", "traces_endpoint", "max_request_bytes", "max_file_bytes")}
+        first = self.model_copy(update={"more_bases": ()})
+        return (
+            first,
+            *(ServingSpec(**{name: getattr(base, name) for name in BaseSpec.model_fields}, **shared) for base in self.more_bases),
+        )

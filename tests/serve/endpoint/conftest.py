@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -147,8 +147,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> 
 
 
 @contextmanager
-def running_endpoint(root: Path, num_cpus: int = 2, **settings: Any) -> Iterator[Endpoint]:
-    """On a cluster of its own, with a home of its own. `settings` are the spec's."""
+def running_endpoint(root: Path, num_cpus: int = 2, prepare: Callable[[], None] = lambda: None, **settings: Any) -> Iterator[Endpoint]:
+    """On a cluster of its own, with a home of its own; `prepare` is called once the home is there. `settings` are the spec's."""
     before = dict(os.environ)
     for name in ("ADAPTFLEET_STORE", "ADAPTFLEET_API_KEYS", "ADAPTFLEET_TENANTS", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
@@ -162,6 +162,7 @@ def running_endpoint(root: Path, num_cpus: int = 2, **settings: Any) -> Iterator
     from adaptfleet.on_ray.serve.deploy import deploy, undeploy
 
     base = make_base(root / "base")
+    prepare()
     spec = ServingSpec(
         **{
             "model": ModelSpec(source=str(base), dtype="float32"),

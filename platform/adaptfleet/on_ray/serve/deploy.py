@@ -13,7 +13,7 @@ from ray.serve.schema import ApplicationStatus
 
 from adaptfleet.contracts.errors import ServingError
 from adaptfleet.contracts.serving import ServingSpec, TlsSpec
-from adaptfleet.on_ray.serve.deployment import APPLICATION, build
+from adaptfleet.on_ray.serve.deployment import APPLICATION, build, cores_of
 
 START_TIMEOUT_S = 900.0
 
@@ -22,6 +22,7 @@ def deploy(spec: ServingSpec, host: str = "127.0.0.1", port: int = 8000, timeout
     """Runs the endpoint and returns its base URL, without `/v1`, once it answers. ServingError says why it did not start."""
     trusting = None if spec.tls is None else check_tls(spec.tls)
     _connect()
+    _check_cores(spec)
     files = {} if spec.tls is None else {"ssl_certfile": spec.tls.certificate, "ssl_keyfile": spec.tls.key}
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port, **files))
     try:
@@ -54,6 +55,29 @@ def check_tls(tls: TlsSpec) -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
+
+
+def _check_cores(spec: ServingSpec) -> None:
+    """Several bases share a machine's cores as far as they go. ServingError, before anything starts, unless nodes come when asked for."""
+    bases = spec.bases()
+    if len(bases) == 1:
+        return
+    from adaptfleet.on_ray.train.fit import autoscaler_limits
+
+    limits = autoscaler_limits()
+    if limits is None:
+        return
+    wanted = [(base.base_id(), base.min_replicas(), num_cpus) for base, num_cpus in zip(bases, cores_of(bases), strict=True)]
+    if spec.embeddings is not None:
+        wanted.append(("embeddings", spec.embeddings.min_replicas, spec.embeddings.cpus))
+    needed = sum(num_replicas * num_cpus for _, num_replicas, num_cpus in wanted)
+    there = max(ray.cluster_resources().get("CPU", 0.0), limits.get("CPU", 0.0))
+    if needed > there:
+        each = ", ".join(f"{name} {num_replicas} x {num_cpus}" for name, num_replicas, num_cpus in wanted)
+        raise ServingError(
+            f"the replicas need {needed} cores ({each}), and the cluster has {there:g}. "
+            f"Lower cpus_per_replica or replicas, or let a base sleep until it is asked (replicas: {{min: 0, max: 1}})."
+        )
 
 
 def _connect() -> None:

@@ -1,189 +1,128 @@
-"""The Serve deployment: one vLLM engine per replica behind the door."""
+"""The Serve application: an endpoint's deployments, from a serving spec."""
 
-import asyncio
 import hashlib
-import logging
 import os
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 import adaptfleet
-from adaptfleet.contracts.home import home
+from adaptfleet.contracts.errors import ServingError
 from adaptfleet.contracts.serving import ReplicaRange, ServingSpec
 from adaptfleet.on_ray.cluster.ingress import USE_HAPROXY
 from adaptfleet.on_ray.serve.autoscaling import Policy
+from adaptfleet.on_ray.serve.bases import Offer, deployment_name, offers, strange_pins
 from adaptfleet.on_ray.serve.embedding import embedder
-from adaptfleet.on_ray.serve.engine import argv, end_engine
+from adaptfleet.on_ray.serve.engine import argv
+from adaptfleet.on_ray.serve.gateway import Gateway
+from adaptfleet.on_ray.serve.replica import AddressedReplica, EngineReplica
 from adaptfleet.on_ray.serve.router import AffinityRouter, router
-from adaptfleet.on_ray.serve.way_in import wait_for_proxy
-
-if TYPE_CHECKING:
-    from adaptfleet.on_ray.serve.adapters import Adapters
-    from adaptfleet.on_ray.serve.policy_file import PolicyFile
 
 APPLICATION = "adaptfleet"
-_WATCH_S = 0.1
-_LAST_WORDS_S = 3.0
-"""How long the requests of a dead engine may take to be told."""
-_ENGINE_DIED = 70
 _REPORT_S = 1.0
 """How often a replica tells the router of its adapters and requests."""
+_GATEWAYS = 2
+"""One that dies takes half the streams with it, and no new request."""
+_GATEWAY_REQUESTS = 10_000
 
 _IN_THE_REPLICA = {
     # One event loop for HTTP, the door and vLLM's front end: a token takes no hop between threads.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
 }
 
-log = logging.getLogger("ray.serve")
 
-
-@serve.deployment(name="endpoint", health_check_period_s=5)
-@serve.ingress()
-class Endpoint:
+class _Ingress(EngineReplica):
     """Serve asks for the ASGI application after `__init__` (`__serve_build_asgi_app__`, Ray 2.60)."""
 
-    async def __init__(self, spec: ServingSpec, num_cpus: int, embedder: Any = None) -> None:  # type: ignore[misc]
-        from adaptfleet.core.models.device import device, model_dtype
-        from adaptfleet.core.models.loading import base_revision, resolve_model_folder
-        from adaptfleet.on_ray.published_models import at_hand
-        from adaptfleet.on_ray.serve.engine import parse, set_environment, start_engine
-        from adaptfleet.on_ray.serve.workload import Workload
-
-        self._spec = spec
-        self._embedder = embedder
-        self._folder = folder = await asyncio.to_thread(lambda: resolve_model_folder(at_hand(spec.model)))
-        self._revision = await asyncio.to_thread(base_revision, folder)
-        set_environment(spec, num_cpus, device().type)
-        self._arguments = parse(argv(spec, folder, str(model_dtype(spec.model)).removeprefix("torch.")))
-        self._workload = Workload()
-        self._adapters: Adapters | None = None
-        self._policies: PolicyFile | None = None
-        self._engine = start_engine(self._arguments, self._workload)
-        self._watch = asyncio.create_task(self._end_with_the_engine())
-
     async def __serve_build_asgi_app__(self) -> Any:
-        from adaptfleet.on_ray.published_models import adapters_taken
-        from adaptfleet.on_ray.serve.adapters import Adapters
-        from adaptfleet.on_ray.serve.api_keys import ApiKeys, ensure_keys
-        from adaptfleet.on_ray.serve.beside import put_beside
-        from adaptfleet.on_ray.serve.catalog import Catalog
-        from adaptfleet.on_ray.serve.door import Door
-        from adaptfleet.on_ray.serve.engine import application
-        from adaptfleet.on_ray.serve.guard import Guard
-        from adaptfleet.on_ray.serve.metered_engine import meter
-        from adaptfleet.on_ray.serve.policy_file import PolicyFile
-        from adaptfleet.on_ray.serve.prefetch import Prefetch
-        from adaptfleet.on_ray.serve.slots import Slots
-        from adaptfleet.on_ray.serve.tenancy import Tenancy
-        from adaptfleet.on_ray.serve.tracing import Traces
-        from adaptfleet.store.registry import Registry
+        return await self.door()
 
-        spec = self._spec
-        registry = Registry.open()
-        catalog = Catalog(registry, spec.base_id(), self._revision, await asyncio.to_thread(adapters_taken, spec.model, registry))
-        kept = max(spec.max_cpu_loras, spec.max_loras)
-        cache = home() / "cache" / "adapters"
-        slots = Slots(spec.max_loras - len(spec.pinned))
-        self._adapters = Adapters(registry, cache, self._engine, self._folder, spec.max_lora_rank, kept, slots)
-        prefetch = Prefetch(registry, catalog, self._adapters, spec.pinned)
-        await prefetch.pin()
-        self._prefetch = asyncio.create_task(prefetch.follow())
-        keys = None
-        if spec.auth == "api-key":
-            log.info("API keys: %s", ensure_keys())
-            keys = ApiKeys()
-        self._policies = PolicyFile()
-        tenancy = Tenancy(keys, self._policies, spec.max_num_seqs + spec.max_waiting)
-        meter(self._engine)
-        app = await application(self._engine, self._arguments, catalog)
-        guarded = Guard(
-            app,
-            self._adapters,
-            self._workload,
-            lambda: not self._engine.errored,
-            spec.max_num_seqs + spec.max_waiting,
-            serve.get_replica_context().replica_id.unique_id,
-        )
-        traces = Traces(spec.traces_endpoint) if spec.traces_endpoint else None
-        door = Door(guarded, catalog, self._adapters, tenancy, spec.max_request_bytes, lambda: not self._engine.errored, traces)
-        door.embedder = self._embedder
-        put_beside(door, spec, tenancy, catalog)
-        await wait_for_proxy()
-        return door
 
-    async def check_health(self) -> None:
-        await self._engine.check_health()
-
-    async def record_routing_stats(self) -> dict[str, Any]:
-        """For the router: `router.AffinityRouter`."""
-        names = set(self._adapters.names()) if self._adapters is not None else set()
-        if self._policies is not None:
-            names |= self._policies.now.aliases_of(names)
-        now, taking = self._workload, not self._engine.errored
-        return {"at": time.time(), "requests": now.requests, "stay_s": now.stay_s, "adapters": sorted(names), "taking": taking}
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """For `autoscaling.Policy`."""
-        now = self._workload.pressure()
-        return {"requests": now.requests, "waiting": now.waiting, "kv_usage": now.kv_usage, "ttft_s": now.ttft_s}
-
-    async def _end_with_the_engine(self) -> None:
-        """A replica without an engine answers errors at once and so draws requests. It leaves instead; Serve starts another."""
-        while not self._engine.errored:
-            if not self._engine.output_processor.has_unfinished_requests():
-                self._workload.began_after_idling()
-            elif self._workload.stalled_s() > self._spec.stall_s:
-                log.error("the engine has requests and took no step for %.0f s; it is ended.", self._workload.stalled_s())
-                end_engine(self._engine)
-                self._workload.began_after_idling()
-            await asyncio.sleep(_WATCH_S)
-        log.error("the engine died; this replica ends.")
-        until = time.monotonic() + _LAST_WORDS_S
-        while self._workload.requests and time.monotonic() < until:
-            await asyncio.sleep(_WATCH_S)
-        await asyncio.sleep(_WATCH_S)  # what was written last leaves the sockets
-        os._exit(_ENGINE_DIED)
-
-    async def __del__(self) -> None:
-        for task in (getattr(self, "_watch", None), getattr(self, "_prefetch", None)):
-            if task is not None:
-                task.cancel()
-        engine = getattr(self, "_engine", None)
-        if engine is not None:
-            engine.shutdown()
+Endpoint = serve.deployment(name="endpoint", health_check_period_s=5)(serve.ingress()(_Ingress))
 
 
 def build(spec: ServingSpec) -> Application:
-    """The application for `serve.run`. ServingError, before anything is started, where `engine_args` cannot be."""
-    argv(spec, Path(), "auto")
-    num_cpus = spec.cpus_per_replica or max(1, (len(os.sched_getaffinity(0)) - 1) // spec.max_replicas())
-    options: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": _places() | _IN_THE_REPLICA}}
-    num_gpus = _gpus(spec)
-    if num_gpus:
-        options["num_gpus"] = num_gpus
-    lasting = spec.model_copy(update={"replicas": 1})  # a replica is to go on when only their number changes
-    endpoint: Application = Endpoint.options(  # type: ignore[attr-defined]
-        ray_actor_options=options,
-        # The engine queues and batches by itself, and the door sends away what is too much: Serve is to hand on everything.
-        max_ongoing_requests=2 * (spec.max_num_seqs + spec.max_waiting),
-        graceful_shutdown_timeout_s=spec.drain_s,
-        version=_version(lasting, num_cpus),
-        _internal=True,  # Serve keeps `version` to itself (Ray 2.60); without one it replaces every replica at each deployment
-        **_scaling(spec),
-        **_routing(),
-    ).bind(
-        lasting,
-        num_cpus,
-        embedder(spec, _places()) if spec.embeddings else None,
+    """The application for `serve.run`. ServingError, before anything is started, where `engine_args` or `pinned` cannot be."""
+    bases = spec.bases()
+    _check(bases)
+    cores = cores_of(bases)
+    if len(bases) > 1:
+        return _several(spec, bases, cores)
+    endpoint: Application = Endpoint.options(**_engine_options(spec, cores[0]), **_routing(_streams_through_haproxy())).bind(
+        _lasting(spec), cores[0], embedder(spec, _places()) if spec.embeddings else None
     )
     if not _streams_through_haproxy():
         return endpoint
     return endpoint._with_ingress_request_router(router(endpoint, spec.base_id(), _places(), _version(spec.base_id())))
+
+
+def _several(spec: ServingSpec, bases: tuple[ServingSpec, ...], cores: list[int]) -> Application:
+    """A deployment for each base, and the gateway before them."""
+    offered = offers(spec)
+    endpoints = [
+        serve.deployment(name=deployment_name(base.base_id()), health_check_period_s=5)(AddressedReplica)
+        .options(**_engine_options(base, num_cpus, offered), **_routing(True))
+        .bind(_lasting(base), num_cpus, embedder(base, _places()) if base.embeddings else None, offered)
+        for base, num_cpus in zip(bases, cores, strict=True)
+    ]
+    may_sleep = not any(base.min_replicas() for base in bases)
+    settings = (offered, spec.auth == "api-key", may_sleep, spec.max_request_bytes, spec.max_file_bytes)
+    gateway = serve.deployment(name="gateway", health_check_period_s=5)(serve.ingress()(Gateway)).options(
+        num_replicas=_GATEWAYS,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _places() | _IN_THE_REPLICA}},
+        max_ongoing_requests=_GATEWAY_REQUESTS,
+        graceful_shutdown_timeout_s=max(base.drain_s for base in bases),
+        version=_version(*settings),
+        _internal=True,
+    )
+    application: Application = gateway.bind(*settings, *endpoints)
+    return application
+
+
+def _check(bases: tuple[ServingSpec, ...]) -> None:
+    """ServingError tells of all bases at once."""
+    faults = []
+    for base in bases:
+        try:
+            argv(base, Path(), "auto")
+        except ServingError as error:
+            faults.append(str(error) if len(bases) == 1 else f"{base.base_id()}: {error}")
+    if len(bases) > 1:
+        faults += strange_pins(bases)
+    if faults:
+        raise ServingError(" ".join(faults))
+
+
+def cores_of(bases: tuple[ServingSpec, ...]) -> list[int]:
+    """Of one replica of each base: what its spec says, else an equal share of what the others leave, with one core for the rest."""
+    said = sum((base.cpus_per_replica or 0) * base.max_replicas() for base in bases)
+    sharing = sum(base.max_replicas() for base in bases if base.cpus_per_replica is None)
+    share = max(1, (len(os.sched_getaffinity(0)) - 1 - said) // max(1, sharing))
+    return [base.cpus_per_replica or share for base in bases]
+
+
+def _lasting(spec: ServingSpec) -> ServingSpec:
+    """A replica is to go on when only their number changes."""
+    return spec.model_copy(update={"replicas": 1})
+
+
+def _engine_options(spec: ServingSpec, num_cpus: int, offered: tuple[Offer, ...] = ()) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": _places() | _IN_THE_REPLICA}}
+    num_gpus = _gpus(spec)
+    if num_gpus:
+        options["num_gpus"] = num_gpus
+    return {
+        "ray_actor_options": options,
+        # The engine queues and batches by itself, and the door sends away what is too much: Serve is to hand on everything.
+        "max_ongoing_requests": 2 * (spec.max_num_seqs + spec.max_waiting),
+        "graceful_shutdown_timeout_s": spec.drain_s,
+        "version": _version(_lasting(spec), num_cpus, *offered),
+        "_internal": True,  # Serve keeps `version` to itself (Ray 2.60); without one it replaces every replica at each deployment
+        **_scaling(spec),
+    }
 
 
 def _version(*settings: Any) -> str:
@@ -200,8 +139,9 @@ def _streams_through_haproxy() -> bool:
     return os.environ.get(USE_HAPROXY) == "1"
 
 
-def _routing() -> dict[str, Any]:
-    if not _streams_through_haproxy():
+def _routing(is_asked: bool) -> dict[str, Any]:
+    """`is_asked`: something asks Serve's router for a replica: HAProxy, or the gateway."""
+    if not is_asked:
         return {}
     settings: dict[str, Any] = {
         "request_router_class": AffinityRouter,

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from adaptfleet.on_ray.serve import embedding
@@ -32,12 +32,12 @@ from adaptfleet.on_ray.serve.asgi import (
 from adaptfleet.on_ray.serve.catalog import Catalog, Served
 from adaptfleet.on_ray.serve.line import Line
 from adaptfleet.on_ray.serve.metrics import count_tokens, observe
-from adaptfleet.on_ray.serve.refusal import RefusalError
+from adaptfleet.on_ray.serve.refusal import RefusalError, misdirected
 from adaptfleet.on_ray.serve.served_models import Current, current
 from adaptfleet.on_ray.serve.shadow import Shadows
 from adaptfleet.on_ray.serve.tenancy import Tenancy
 from adaptfleet.on_ray.serve.tracing import Traces
-from adaptfleet.on_ray.serve.viewer import Viewer, viewer
+from adaptfleet.on_ray.serve.viewer import viewer
 
 ROUTES = {
     "/v1/chat/completions": "POST",
@@ -88,6 +88,8 @@ class Door:
         self._shadows = Shadows(self.inside)
         self.embedder: Any = None
         """The deployment that answers `embedding.ROUTES`; None: they are refused."""
+        self.elsewhere: Callable[[str, Caller, str, bytes, str], Awaitable[tuple[int, bytes]]] | None = None
+        """`inside` at the base of this id; None: there is no other base."""
         self.public: dict[str, tuple[bytes, bytes]] = {}
         """Pages without a key, by path: content type and bytes."""
         self.beside: dict[str, Application] = {}
@@ -103,7 +105,17 @@ class Door:
             await send({"type": "websocket.close", "code": 1008})
 
     async def inside(self, caller: Caller, path: str, body: bytes, klass: str) -> tuple[int, bytes]:
-        """A request of the house's own for a tenant (a batch's row, a shadow's copy), past key and rate limits; the answer whole."""
+        """A request of the house's own for a tenant (a batch's row, a shadow's copy), past key and rate limits; the answer whole.
+
+        It may be for any base of the endpoint."""
+        if self.elsewhere is not None:
+            base = await self._base_of(caller, body)
+            if base != self._catalog.base_id:
+                return await self.elsewhere(base, caller, path, body, klass)
+        return await self.inside_here(caller, path, body, klass)
+
+    async def inside_here(self, caller: Caller, path: str, body: bytes, klass: str) -> tuple[int, bytes]:
+        """The same, for this base alone."""
         parts: list[bytes] = []
 
         async def keep(message: Message) -> None:
@@ -119,6 +131,14 @@ class Door:
         call.caller, call.klass = caller, klass
         await self._told(call, self._generation(scope, body, nothing_more, call))
         return call.status or 500, b"".join(parts)
+
+    async def _base_of(self, caller: Caller, body: bytes) -> str:
+        """The id of the base that is to answer. What is wrong with a request is told by this one."""
+        try:
+            request = json_object(body)
+            return (await self._catalog.find(request.get("model"), self._tenancy.viewer(caller, request, ""))).base
+        except RefusalError:
+            return self._catalog.base_id
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]
@@ -194,7 +214,7 @@ class Door:
             raise RefusalError(403, f"{path} shows every tenant's use; only operators may read it.", "operators_only")
         if method == "GET":
             call.model = self._catalog.base_id
-            token = viewer.set(self._viewer(caller, {}, call))
+            token = viewer.set(self._tenancy.viewer(caller, {}, call.request_id))
             try:
                 await self._application(scope, receive, call.send)
             finally:
@@ -210,7 +230,9 @@ class Door:
         assert caller is not None
         call.body = body
         request = json_object(body)
-        served = await self._catalog.find(request.get("model"), self._viewer(caller, request, call))
+        served = await self._catalog.find(request.get("model"), self._tenancy.viewer(caller, request, call.request_id))
+        if served.base != self._catalog.base_id:
+            raise misdirected(served.base, self._catalog.base_id)
         call.model = served.canonical
         with self._tenancy.admitted(caller, call.path, request, len(body), call.klass) as grant:
             if call.path in embedding.ROUTES:
@@ -243,7 +265,7 @@ class Door:
         if self.embedder is None:
             raise RefusalError(
                 400,
-                f"{call.path} is not served here: the endpoint was started without embeddings (its setting `embeddings`).",
+                f"{call.path} is not served for {served.base}: the endpoint was started without its embeddings (the setting `embeddings`).",
                 "no_embeddings",
             )
         adapter = served.adapter
@@ -251,17 +273,6 @@ class Door:
         pooled = await self.embedder.answer.remote(call.path, body, served.requested, name, version, call.request_id)
         grant.prompt_tokens = call.prompt_tokens = pooled.prompt_tokens
         await answer(call.send, pooled.status, pooled.body, pooled.content_type)
-
-    def _viewer(self, caller: Caller, request: Mapping[str, Any], call: "_Call") -> Viewer:
-        metadata = request.get("metadata")
-        user = request.get("user") or request.get("safety_identifier") or (metadata.get("user_id") if isinstance(metadata, dict) else None)
-        policies = self._tenancy.policies
-        return Viewer(
-            may_see=lambda name: self._tenancy.may_see(caller, name),
-            aliases={**policies.aliases, **self._tenancy.policy(caller.tenant).aliases},
-            user=f"{caller.tenant}\0{user if isinstance(user, str) and user else caller.key_id}",
-            request_id=call.request_id,
-        )
 
 
 class _Call:

@@ -54,7 +54,7 @@ class Prefetch:
     async def _quietly(self, reference: str, is_pinned: bool) -> None:
         """Nobody waits for this: what cannot be served is told to whoever asks for it."""
         try:
-            served = await self._catalog.find(reference)
+            served = await self._catalog.find(f"{self._catalog.base_id}:{reference}")
             if served.adapter is not None:
                 await (self._adapters.pin(served.adapter) if is_pinned else self._adapters.fetched(served.adapter))
         except RefusalError as refusal:

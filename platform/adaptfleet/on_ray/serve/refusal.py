@@ -39,6 +39,15 @@ def overloaded(num_requests: int) -> RefusalError:
     )
 
 
+def misdirected(base: str, here: str) -> RefusalError:
+    """The gateway takes this, and only this, for a reason to look again which base is meant (`gateway.py`)."""
+    return RefusalError(421, f"This model is served by {base}, and here is {here}. Try again.", "misdirected", retry_after_s=1)
+
+
+def unavailable(base: str) -> RefusalError:
+    return RefusalError(503, f"No replica of {base} can answer now. Try again.", "unavailable", retry_after_s=1)
+
+
 def engine_died() -> RefusalError:
     """HAProxy takes this, and only this, for a reason to ask another replica (`cluster/ingress.py`)."""
     return RefusalError(502, "The engine that had this request died before it answered. Try again.", "engine_died")

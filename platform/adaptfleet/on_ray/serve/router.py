@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
@@ -107,14 +108,19 @@ def read(body: bytes, base_id: str) -> Wanted:
     if not isinstance(request, dict):
         return Wanted(None)
     model = request.get("model")
-    text = next((str(request[key]) for key in ("messages", "prompt", "input") if request.get(key)), "")
     name = None
     if isinstance(model, str) and model != base_id:
         try:
             name = Reference.parse(model.removeprefix(f"{base_id}:")).name
         except ContractError:
             name = None
-    return Wanted(name, prefixes(name or "", text))
+    return wanted_for(name, request)
+
+
+def wanted_for(adapter: str | None, request: Mapping[str, Any], avoided: frozenset[str] = frozenset()) -> Wanted:
+    """`adapter`: its name without version; None: the base."""
+    text = next((str(request[key]) for key in ("messages", "prompt", "input") if request.get(key)), "")
+    return Wanted(adapter, prefixes(adapter or "", text), avoided)
 
 
 async def _lifespan(receive: Any, send: Any) -> None:

@@ -37,11 +37,13 @@ class Wanted:
     """Name without version. None: the base, or not known."""
     prefixes: tuple[int, ...] = ()
     """Hashes of ever longer beginnings of the prompt, the shortest first."""
+    avoided: frozenset[str] = frozenset()
+    """Replicas that failed this request; taken only where nobody else is left."""
 
 
 def choose(wanted: Wanted, replicas: Sequence[Replica], recent: "RecentPrefixes") -> Replica:
     """The replica to take; `replicas` is not empty. `recent` learns of the choice."""
-    taking = [replica for replica in replicas if replica.is_taking] or list(replicas)
+    taking = [replica for replica in replicas if replica.is_taking and replica.id not in wanted.avoided] or list(replicas)
     bound = most(sum(replica.load for replica in taking) + 1, len(taking))
     free = [replica for replica in taking if replica.load < bound] or taking
     order = _order(wanted, free)

@@ -59,16 +59,15 @@ class ServedModels(OpenAIServingModels):  # type: ignore[misc, unused-ignore]
         return super().model_name(lora_request) if now is None else now.requested
 
     async def show_available_models(self) -> ModelList:
-        base = self.catalog.base_id
         return ModelList(
             data=[
                 ModelCard(
                     id=card.id,
                     created=card.created,
                     owned_by="adaptfleet",
-                    root=base,
-                    parent=None if card.id == base else base,
-                    max_model_len=self.model_config.max_model_len,
+                    root=card.base,
+                    parent=None if card.id == card.base else card.base,
+                    max_model_len=self.catalog.max_model_len(card.base) or self.model_config.max_model_len,
                     permission=[ModelPermission()],
                 )
                 for card in await self.catalog.cards(viewer.get())

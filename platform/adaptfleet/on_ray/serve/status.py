@@ -6,7 +6,7 @@ flight and have used is of all replicas, as the ledger tells it.
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -18,7 +18,6 @@ from adaptfleet.on_ray.serve.asgi import Receive, Scope, Send, answer
 from adaptfleet.on_ray.serve.catalog import Catalog
 from adaptfleet.on_ray.serve.refusal import RefusalError
 from adaptfleet.on_ray.serve.tenancy import Tenancy
-from adaptfleet.on_ray.serve.viewer import Viewer
 from adaptfleet.store.records import AliasSplit
 
 _ENGINE = {
@@ -40,7 +39,11 @@ def page() -> dict[str, tuple[bytes, bytes]]:
 
 
 class Status:
-    def __init__(self, catalog: Catalog, tenancy: Tenancy) -> None:
+    def __init__(
+        self, catalog: Catalog, tenancy: Tenancy, others: Callable[[Caller], Awaitable[list[dict[str, Any]]]] | None = None
+    ) -> None:
+        """`others`: what replicas of the other bases say (`here`)."""
+        self._others = others
         self._catalog = catalog
         self._tenancy = tenancy
 
@@ -51,29 +54,34 @@ class Status:
 
     async def of(self, caller: Caller) -> dict[str, Any]:
         is_operator = self._tenancy.is_operator(caller)
+        here = self.here(caller)
+        told = [here, *(await self._others(caller) if self._others is not None else ())]
+        bases = {one["base"]: {key: one[key] for key in ("base", "replica", "engine")} for one in told}
+        return {
+            **bases[self._catalog.base_id],
+            "bases": [bases[base_id] for base_id in self._catalog.base_ids if is_operator or self._tenancy.may_see(caller, base_id)],
+            "models": await self._models(caller, [one["counted"] for one in told]),
+            "tenants": [self._tenant(name) for name in (self._tenants(caller) if is_operator else [caller.tenant])],
+        }
+
+    def here(self, caller: Caller) -> dict[str, Any]:
+        """What this replica alone knows: its engine, and requests and tokens by model."""
+        is_operator = self._tenancy.is_operator(caller)
         return {
             "base": self._catalog.base_id,
             "replica": self._tenancy.exchange.replica[:12],
             "engine": _engine() if is_operator else {},
-            "models": await self._models(caller, is_operator),
-            "tenants": [self._tenant(name) for name in (self._tenants(caller) if is_operator else [caller.tenant])],
+            "counted": {model: dict(counts) for model, counts in _counted(None if is_operator else caller.tenant).items()},
         }
 
-    async def _models(self, caller: Caller, is_operator: bool) -> list[dict[str, Any]]:
-        policies = self._tenancy.policies
-        viewer = Viewer(
-            may_see=lambda name: self._tenancy.may_see(caller, name),
-            aliases={**policies.aliases, **self._tenancy.policy(caller.tenant).aliases},
-        )
-        counted = _counted(None if is_operator else caller.tenant)
+    async def _models(self, caller: Caller, counted: list[dict[str, dict[str, int]]]) -> list[dict[str, Any]]:
+        viewer = self._tenancy.viewer(caller, {}, "")
         splits = await self._catalog.splits(viewer)
         rows = []
         for card in await self._catalog.cards(viewer):
-            kind = "base" if card.id == self._catalog.base_id else "alias" if card.id in viewer.aliases else "adapter"
-            counts = counted.get(card.id, {})
-            rows.append(
-                {"id": card.id, "kind": kind, "traffic": _traffic(splits.get(card.id)) or card.means, **dict.fromkeys(_COUNTS, 0), **counts}
-            )
+            kind = "base" if card.id in self._catalog.base_ids else "alias" if card.id in viewer.aliases else "adapter"
+            counts = {name: sum(one.get(card.id, {}).get(name, 0) for one in counted) for name in _COUNTS}
+            rows.append({"id": card.id, "kind": kind, "traffic": _traffic(splits.get(card.id)) or card.means, **counts})
         return rows
 
     def _tenants(self, caller: Caller) -> list[str]:

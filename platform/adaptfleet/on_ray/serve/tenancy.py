@@ -16,6 +16,7 @@ from adaptfleet.on_ray.serve.ledger import Exchange
 from adaptfleet.on_ray.serve.metered_engine import Meter, metered
 from adaptfleet.on_ray.serve.policy_file import PolicyFile
 from adaptfleet.on_ray.serve.refusal import RefusalError
+from adaptfleet.on_ray.serve.viewer import Viewer
 
 NO_TENANT = "none"
 _BYTES_A_TOKEN = 4
@@ -72,6 +73,18 @@ class Tenancy:
     def may_see(self, caller: Caller, name: str) -> bool:
         """Whether a model of this name, without version or alias, exists for the caller."""
         return caller.may_name(name) and self.policies.may_see(caller.tenant, name)
+
+    def viewer(self, caller: Caller, request: Mapping[str, Any], request_id: str) -> Viewer:
+        """For whom the catalog is read when the caller sends this request."""
+        metadata = request.get("metadata")
+        user = request.get("user") or request.get("safety_identifier") or (metadata.get("user_id") if isinstance(metadata, dict) else None)
+        policies = self.policies
+        return Viewer(
+            may_see=lambda name: self.may_see(caller, name),
+            aliases={**policies.aliases, **self.policy(caller.tenant).aliases},
+            user=f"{caller.tenant}\0{user if isinstance(user, str) and user else caller.key_id}",
+            request_id=request_id,
+        )
 
     def is_enabled(self, tenant: str) -> bool:
         return self.policy(tenant).enabled

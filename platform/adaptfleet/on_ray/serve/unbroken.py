@@ -54,7 +54,7 @@ class UnbrokenAnswer:
 
     async def _break_off(self) -> None:
         self._has_ended = True
-        await self._send({"type": "http.response.body", "body": _event(self._is_engine_alive()), "more_body": False})
+        await self._send({"type": "http.response.body", "body": broken_off(self._is_engine_alive()), "more_body": False})
 
     async def close(self, error: Exception | None) -> None:
         """After the application returned, or raised. RefusalError: nothing was sent, and this is to be the answer."""
@@ -72,7 +72,8 @@ class UnbrokenAnswer:
             raise RefusalError(500, "The request failed here; the endpoint's log says why.", "internal_error")
 
 
-def _event(is_engine_alive: bool) -> bytes:
+def broken_off(is_engine_alive: bool) -> bytes:
+    """The last event of a stream that is not whole."""
     code, why = ("internal_error", "the endpoint's log says why") if is_engine_alive else ("engine_died", "its engine died")
     error = {"message": f"The answer broke off: {why}. Ask again.", "type": "server_error", "param": None, "code": code}
     return b"data: " + json.dumps({"error": error}).encode() + b"\n\ndata: [DONE]\n\n"

@@ -38,6 +38,8 @@ def check(sweep: SweepJob, baseline: Spec, points: Sequence[Point], registry: Re
             from adaptfleet.core.models.loading import resolve_model_folder
             from adaptfleet.on_ray.published_models import at_hand
 
+            if baseline.more_bases:
+                raise ContractError("more_bases: a search measures one engine. Leave them out, and search for each base by itself.")
             resolve_model_folder(at_hand(baseline.model, registry))
 
 

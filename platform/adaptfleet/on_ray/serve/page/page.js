@@ -30,9 +30,9 @@ function fill(table, rows) {
   );
 }
 
-function tiles(engine) {
+function tiles(bases) {
   $("tiles").replaceChildren(
-    ...Object.entries(engine).map(([name, value]) => {
+    ...bases.flatMap((base) => Object.entries(base.engine).map(([name, value]) => [bases.length > 1 ? `${base.base}: ${name}` : name, value])).map(([name, value]) => {
       const tile = document.createElement("div");
       tile.className = "tile";
       const big = document.createElement("b");
@@ -66,7 +66,7 @@ async function refresh() {
   const status = await reply.json();
   $("said").textContent = "";
   document.querySelector("main").hidden = false;
-  tiles(status.engine);
+  tiles(status.bases);
   fill("models", status.models.map((m) => [m.id, m.kind, m.traffic, m.requests, m.errors, m.output_tokens]));
   fill("tenants", status.tenants.map((t) => [t.tenant, t.priority, t.in_flight, t.requests_today, t.tokens_today, t.tokens_this_month, t.limits]));
   const chosen = $("model").value;

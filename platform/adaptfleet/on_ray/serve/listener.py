@@ -1,0 +1,67 @@
+"""An HTTP server in a replica's own event loop, at a port that the system gives: a token takes no hop between threads here either."""
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import uvicorn
+from ray.serve.context import _get_global_client
+
+from adaptfleet.contracts.errors import ServingError
+from adaptfleet.on_ray.serve.asgi import Application
+
+KEEP_ALIVE_S = 75
+"""Longer than the gateway keeps a connection that it does not use: a request never meets one that is being closed."""
+_LEAVING_S = 1.0
+"""Until every gateway has heard that the replica is to go."""
+_LOOPBACK = ("127.0.0.1", "localhost")
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the replica's."""
+        yield
+
+
+class Listener:
+    def __init__(self, server: _Server, serving: "asyncio.Task[None]", address: str) -> None:
+        self._server = server
+        self._serving = serving
+        self.address = address
+        """`host:port`, as other nodes reach it."""
+
+    @classmethod
+    async def open(cls, application: Application) -> "Listener":
+        """Takes connections when this returns. ServingError where it cannot."""
+        bound, told = await _hosts()
+        opened = socket.socket()
+        opened.bind((bound, 0))
+        options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "on", "timeout_keep_alive": KEEP_ALIVE_S}
+        server = _Server(uvicorn.Config(application, loop="none", **options))
+        serving = asyncio.get_running_loop().create_task(server.serve(sockets=[opened]))
+        while not server.started:
+            if serving.done():
+                raise ServingError(f"the replica's HTTP server did not start: {serving.exception()}")
+            await asyncio.sleep(0.01)
+        return cls(server, serving, f"{told}:{opened.getsockname()[1]}")
+
+    async def close(self) -> None:
+        """Ends when the requests have ended that it had."""
+        await asyncio.sleep(_LEAVING_S)
+        self._server.should_exit = True
+        await self._serving
+
+
+async def _hosts() -> tuple[str, str]:
+    """Where to listen and what to tell. Where Serve itself listens on loopback, so does this, as long as there is one node."""
+    client: Any = await asyncio.to_thread(_get_global_client)
+    options = await client._controller.get_http_config.remote()
+    num_nodes = await asyncio.to_thread(lambda: sum(node["Alive"] for node in ray.nodes()))
+    if options.host in _LOOPBACK and num_nodes == 1:
+        return "127.0.0.1", "127.0.0.1"
+    address = ray.util.get_node_ip_address()
+    return address, address

@@ -119,6 +119,8 @@ def measure_engines(model: Path, rounds: int) -> dict[str, Any]:
         for round_number in range(rounds):
             for side in in_turn(list(engines), round_number):
                 if side == "stock LoRA" and round_number >= STOCK_ROUNDS:
+                    if engines[side].poll() is None:
+                        engines[side].communicate()  # its end; the others have the machine's caches to themselves
                     continue
                 engines[side].stdin.write("go\n")
                 engines[side].stdin.flush()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptfleet.on_ray.serve.router import read
-from adaptfleet.on_ray.serve.routing import SLACK, RecentPrefixes, Replica, Wanted, choose, most, prefixes
+from adaptfleet.on_ray.serve.routing import MIN_STAY_S, SLACK, RecentPrefixes, Replica, Wanted, choose, most, prefixes, still_there
 
 
 def _fleet(loads: list[int], holding: dict[int, set[str]] | None = None) -> list[Replica]:
@@ -48,6 +48,16 @@ def test_routers_agree_on_cold_adapters_and_a_lost_replica_moves_only_its_own() 
             assert choose(Wanted(name), four, RecentPrefixes()).id == home
     per_replica = [list(homes.values()).count(f"r{i}") for i in range(5)]
     assert min(per_replica) > 40, "1,000 adapters are to be shared out, not piled up"
+
+
+def test_short_requests_are_forgotten_before_the_next_report() -> None:
+    sent = [100.0, 109.0, 119.8]
+    assert still_there(sent, told_at=105.0, stay_s=0.0, now=120.0) == [109.0, 119.8], "how long they stay is not known"
+    assert still_there(sent, told_at=105.0, stay_s=30.0, now=120.0) == [109.0, 119.8], "long ones are there still"
+    assert still_there(sent, told_at=105.0, stay_s=1.0, now=120.0) == [119.8]
+    assert still_there(sent, told_at=105.0, stay_s=0.001, now=119.8 + MIN_STAY_S / 2) == [119.8], "clocks and hops take a while"
+    assert still_there(sent, told_at=105.0, stay_s=0.001, now=119.8 + MIN_STAY_S) == []
+    assert still_there(sent, told_at=119.9, stay_s=30.0, now=120.0) == [], "the report has them all"
 
 
 def test_a_replica_that_takes_nothing_is_taken_only_alone() -> None:

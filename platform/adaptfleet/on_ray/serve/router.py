@@ -20,12 +20,11 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.names import Reference
-from adaptfleet.on_ray.serve.routing import RecentPrefixes, Replica, Wanted, choose, prefixes
+from adaptfleet.on_ray.serve.routing import RecentPrefixes, Replica, Wanted, choose, prefixes, still_there
 
 ROUTER = "router"
 _NOBODY = "none"
 _PATIENCE_S = 1.0
-_MIN_STAY_S = 0.5
 _MODEL = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.){0,300}")')
 
 
@@ -51,10 +50,8 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         return [[by_id[chosen.id]], *([others] if others else [])]
 
     def _seen(self, name: str, stats: dict[str, Any]) -> Replica:
-        # What was sent since the report is there still, but where requests are short, most of it has left meanwhile.
-        stay_s = float(stats.get("stay_s", 0.0))
-        since = max(float(stats.get("at", 0.0)), time.time() - max(2 * stay_s, _MIN_STAY_S) if stay_s else 0.0)
-        self._sent[name] = [sent for sent in self._sent[name] if sent > since]
+        told_at, stay_s = float(stats.get("at", 0.0)), float(stats.get("stay_s", 0.0))
+        self._sent[name] = still_there(self._sent[name], told_at, stay_s, time.time())
         return Replica(
             name,
             int(stats.get("requests", 0)) + len(self._sent[name]),

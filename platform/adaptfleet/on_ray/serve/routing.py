@@ -16,6 +16,8 @@ SHARE = 1.25
 SLACK = 4
 """Requests above its share that never count as too many: at few requests, chance alone is worse than a shared batch."""
 PREFIXES_KEPT = 8192
+MIN_STAY_S = 0.5
+"""A request counts for so long at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,13 @@ def choose(wanted: Wanted, replicas: Sequence[Replica], recent: "RecentPrefixes"
     chosen = recent.latest(wanted.prefixes, holders) or _first(wanted, holders or order)
     recent.learn(wanted.prefixes, chosen.id)
     return chosen
+
+
+def still_there(sent: Sequence[float], told_at: float, stay_s: float, now: float) -> list[float]:
+    """Of requests sent at these times, those that a replica has and has not told of: sent after its last report, and, where requests stay
+    `stay_s` on average (0: not known), not so long ago that most of them have left meanwhile. Times in seconds."""
+    since = max(told_at, now - max(2 * stay_s, MIN_STAY_S)) if stay_s else told_at
+    return [at for at in sent if at > since]
 
 
 def most(num_requests: int, num_replicas: int) -> float:

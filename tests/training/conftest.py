@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,3 +103,17 @@ def write_sums(file: Path, first: int, second: int) -> Path:
 @pytest.fixture(scope="session")
 def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sums(tmp_path_factory.mktemp("data") / "sums.jsonl", 12, 12)
+
+
+@pytest.fixture(scope="module")
+def small_cluster(embedded_home: Path) -> Iterator[Any]:
+    """A head with room for one training worker."""
+    from adaptfleet.on_ray.local_cluster import LocalCluster
+
+    with (
+        LocalCluster.start(num_cpus=1, env={"ADAPTFLEET_HOME": str(embedded_home)}) as cluster,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in cluster.env.items():
+            patch.setenv(name, value)
+        yield cluster

@@ -4,25 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.training.worker_node import WorkerNode
 
 
-@pytest.fixture
-def cluster(embedded_home: Path) -> Any:
-    from adaptfleet.on_ray.local_cluster import LocalCluster
-
-    with (
-        LocalCluster.start(num_cpus=1, env={"ADAPTFLEET_HOME": str(embedded_home)}) as cluster,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in cluster.env.items():
-            patch.setenv(name, value)
-        yield cluster
-
-
-def test_nodes_that_come_and_go_are_seen_by_the_coordinator_that_ray_train_asks(cluster: Any, tmp_path: Path) -> None:
+def test_nodes_that_come_and_go_are_seen_by_the_coordinator_that_ray_train_asks(small_cluster: Any, tmp_path: Path) -> None:
     import ray
     from ray._raylet import AuthenticationTokenLoader
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as upstream
@@ -49,7 +34,7 @@ def test_nodes_that_come_and_go_are_seen_by_the_coordinator_that_ray_train_asks(
                     time.sleep(0.2)
 
             wait_for_places(1)
-            node = WorkerNode(cluster, 1, tmp_path / "node.log")
+            node = WorkerNode(small_cluster, 1, tmp_path / "node.log")
             try:
                 wait_for_places(2)
             finally:

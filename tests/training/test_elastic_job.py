@@ -5,7 +5,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,6 @@ from tests.training.worker_node import WorkerNode
 
 pytestmark = pytest.mark.slow
 EVERY_STEPS = 20
-
-
-@pytest.fixture(scope="module")
-def small_cluster(embedded_home: Path) -> Iterator[Any]:
-    """A head with room for one training worker."""
-    from adaptfleet.on_ray.local_cluster import LocalCluster
-
-    with (
-        LocalCluster.start(num_cpus=1, env={"ADAPTFLEET_HOME": str(embedded_home)}) as cluster,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in cluster.env.items():
-            patch.setenv(name, value)
-        yield cluster
 
 
 def lines(job: Job, kind: str) -> list[dict[str, float]]:

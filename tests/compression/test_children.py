@@ -12,6 +12,7 @@ from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.core.models.loading import base_revision
 from adaptfleet.on_ray.evaluate.subjects import resolve_subjects
 from adaptfleet.on_ray.published_models import adapters_taken, at_hand
+from adaptfleet.on_ray.serve.bases import ServedBase
 from adaptfleet.on_ray.serve.catalog import Catalog
 from adaptfleet.on_ray.serve.refusal import RefusalError
 from adaptfleet.store.registry import Registry
@@ -40,7 +41,7 @@ def registry(fresh_home: Path, folders: dict[str, Path]) -> Registry:
 def served(registry: Registry, name: str) -> Manifest | None:
     spec = ModelSpec(source=name)
     folder = Path(at_hand(spec, registry).source)
-    catalog = Catalog(registry, name, base_revision(folder), adapters_taken(spec, registry))
+    catalog = Catalog(registry, ServedBase(name, base_revision(folder), adapters_taken(spec, registry)))
     listed = {card.id for card in asyncio.run(catalog.cards())}
     assert ("task" in listed) == (name == "rounded")
     return asyncio.run(catalog.find("task")).adapter

@@ -45,7 +45,7 @@ def registry(fresh_home: Path, folder: Path) -> Registry:
 
 def _catalog(registry: Registry, of: str = "tiny") -> Catalog:
     own = next(base for base in BASES if base.id == of)
-    return Catalog(registry, own.id, own.revision, own.also, BASES)
+    return Catalog(registry, own, BASES)
 
 
 def _base(catalog: Catalog, model: str | None, **viewer: Any) -> str:

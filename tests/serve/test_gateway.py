@@ -90,7 +90,7 @@ def _replica(handler: Replica) -> Any:
 @asynccontextmanager
 async def _gateway(first: list[Replica], second: list[Replica]) -> AsyncIterator[tuple[httpx.AsyncClient, dict[str, Placed]]]:
     placed = {"first": Placed(), "second": Placed()}
-    catalog = Catalog(Registry.open(), "first", "1" * 64, bases=BASES)
+    catalog = Catalog(Registry.open(), BASES[0], BASES)
     forwarding = Forwarding(catalog, Tenancy(None, PolicyFile(), 1), placed, Awake(), False, 10_000, 20_000)  # type: ignore[arg-type]
     async with _nested([*first, *second]) as addresses, _served(forwarding) as address:
         placed["first"].addresses, placed["second"].addresses = addresses[: len(first)], addresses[len(first) :]
@@ -197,9 +197,30 @@ def test_it_is_well_while_one_base_answers_or_all_may_sleep(
     monkeypatch.setattr(Awake, "base_ids", awake)
 
     async def main() -> None:
-        catalog = Catalog(Registry.open(), "first", "1" * 64, bases=BASES)
+        catalog = Catalog(Registry.open(), BASES[0], BASES)
         forwarding = Forwarding(catalog, Tenancy(None, PolicyFile(), 1), {}, Awake(), may_sleep, 1, 1)  # type: ignore[arg-type]
         async with _served(forwarding) as address, httpx.AsyncClient() as client:
             assert (await client.get(f"http://{address}/healthz")).status_code == status
+
+    asyncio.run(main())
+
+
+def test_a_stranger_is_refused_before_a_body_is_read(fresh_home: Path) -> None:
+    from adaptfleet.on_ray.serve.api_keys import ApiKeys, ensure_keys, first_key
+
+    ensure_keys()
+
+    async def main() -> None:
+        catalog = Catalog(Registry.open(), BASES[0], BASES)
+        tenancy = Tenancy(ApiKeys(), PolicyFile(), 1)
+        forwarding = Forwarding(catalog, tenancy, {"first": Placed(), "second": Placed()}, Awake(), False, 10, 10)  # type: ignore[arg-type]
+        async with _served(forwarding) as address, httpx.AsyncClient(base_url=f"http://{address}") as client:
+
+            async def status(key: str) -> int:
+                reply = await client.post("/v1/completions", content=b"x" * 1000, headers={"Authorization": f"Bearer {key}"})
+                return reply.status_code
+
+            assert await status("not a key") == 401
+            assert await status(first_key()) == 413, "a tenant's body is read, and is too long here"
 
     asyncio.run(main())

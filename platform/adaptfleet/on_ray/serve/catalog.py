@@ -59,22 +59,12 @@ class Card:
 
 
 class Catalog:
-    def __init__(
-        self,
-        registry: Registry,
-        base_id: str,
-        base_revision: str,
-        also: frozenset[str] = frozenset(),
-        bases: Sequence[ServedBase] = (),
-    ) -> None:
-        """`also`: further revisions whose adapters are served, of the base that this one is with rounded weights.
-
-        `bases`: all of the endpoint, this one among them, where there are several. The first answers where no model is named.
-        """
-        self.base_id = base_id
-        """Of the engine that this catalog is for."""
+    def __init__(self, registry: Registry, own: ServedBase, bases: Sequence[ServedBase] = ()) -> None:
+        """`own`: of the engine that this catalog is for. `bases`: all of the endpoint, where there are several; the first answers where no
+        model is named."""
+        self.base_id = own.id
         self._registry = registry
-        self._bases = tuple(bases) or (ServedBase(base_id, base_revision, also),)
+        self._bases = tuple(bases) or (own,)
         self._by_id = {base.id: base for base in self._bases}
         self._view: Mapping[str, Listing] = {}
         self._view_until = 0.0

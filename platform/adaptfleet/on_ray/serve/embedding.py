@@ -44,6 +44,7 @@ class Embedder:
         from adaptfleet.core.models.loading import base_revision, resolve_model_folder
         from adaptfleet.on_ray.published_models import adapters_taken, at_hand
         from adaptfleet.on_ray.serve.adapters import Adapters
+        from adaptfleet.on_ray.serve.bases import ServedBase
         from adaptfleet.on_ray.serve.catalog import Catalog
         from adaptfleet.on_ray.serve.engine import application, argv, parse, set_environment
         from adaptfleet.on_ray.serve.metered_engine import meter
@@ -59,7 +60,8 @@ class Embedder:
         self._engine = _start(arguments)
         registry = Registry.open()
         also = await asyncio.to_thread(adapters_taken, spec.model, registry)
-        self._catalog = Catalog(registry, spec.base_id(), await asyncio.to_thread(base_revision, folder), also)
+        revision = await asyncio.to_thread(base_revision, folder)
+        self._catalog = Catalog(registry, ServedBase(spec.base_id(), revision, also))
         kept = max(spec.max_cpu_loras, spec.max_loras)
         self._adapters = Adapters(
             registry, home() / "cache" / "adapters", self._engine, folder, spec.max_lora_rank, kept, Slots(spec.max_loras)

@@ -73,7 +73,7 @@ class Gateway:
 
         # Revisions are the files' hashes; torch, which their module imports, is not to stay in this process.
         bases = await ray.remote(num_cpus=0)(served_bases).remote(self._offered)
-        catalog = Catalog(Registry.open(), bases[0].id, bases[0].revision, bases=bases)
+        catalog = Catalog(Registry.open(), bases[0], bases)
         tenancy = Tenancy(ApiKeys() if self._has_keys else None, PolicyFile(), 1)
         running = Running([base.id for base in bases], serve.get_replica_context().app_name)
         await wait_for_proxy()
@@ -129,6 +129,8 @@ class Forwarding:
 
     async def _forwarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if scope["method"] == "POST":
+            self._tenancy.caller(headers)  # nobody's body is held in memory before that
         is_file = scope["path"].startswith(_FILES)
         body = await read_body(headers, receive, self._max_file_bytes + _FORM_BYTES if is_file else self._max_request_bytes)
         kept = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"] if name.lower() not in _HOPS]

@@ -10,7 +10,7 @@ from ray import serve
 
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.serving import ServingSpec
-from adaptfleet.on_ray.serve.bases import Offer, served_bases
+from adaptfleet.on_ray.serve.bases import Offer, ServedBase, served_bases
 from adaptfleet.on_ray.serve.engine import argv, end_engine
 from adaptfleet.on_ray.serve.way_in import wait_for_proxy
 
@@ -76,7 +76,7 @@ class EngineReplica:
         registry = Registry.open()
         also = await asyncio.to_thread(adapters_taken, spec.model, registry)
         bases = await asyncio.to_thread(served_bases, self._offered)
-        catalog = Catalog(registry, spec.base_id(), self._revision, also, bases)
+        catalog = Catalog(registry, ServedBase(spec.base_id(), self._revision, also), bases)
         kept = max(spec.max_cpu_loras, spec.max_loras)
         cache = home() / "cache" / "adapters"
         slots = Slots(spec.max_loras - len(spec.pinned))

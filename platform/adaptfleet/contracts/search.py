@@ -349,6 +349,10 @@ class SweepJob(Spec):
         canonical = json.dumps(same, sort_keys=True, separators=(",", ":"))
         return f"sweep-{self.name[:40]}-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
 
+    def training_name(self, key: str) -> str:
+        """The run of a training that the sweep makes; `key` is its step's hash or its contract's."""
+        return f"sweep-{self.run_name()[-16:]}-{key}"
+
 
 def _space_in(name: str) -> dict[str, Any]:
     """The values of a space's file. ValueError names what is there."""

@@ -63,7 +63,7 @@ def plan(sweep: str, folder: str, job: CompressJob) -> Plan:
                 key = next_key(key, step, rows=rows)
             case Recover():
                 key = next_key(key, step, data=recovery_data(job, step).fingerprint())
-                run = f"sweep-{SweepJob.model_validate_json(sweep, strict=False).run_name()[-16:]}-{key}"
+                run = SweepJob.model_validate_json(sweep, strict=False).training_name(key)
             case Merge():
                 key = next_key(key, step)
             case Quantize():

@@ -185,7 +185,8 @@ def _publish(
         return None
     origin: dict[str, Any] = {"sweep": sweep.name, "point": record.point_id}
     found = {key: value for key, value in {**record.metrics, **metrics}.items() if math.isfinite(value)}
-    run, fingerprint = f"sweep-{sweep.run_name()[-16:]}-{job.fingerprint()}", job.fingerprint()
+    fingerprint = job.fingerprint()
+    run = sweep.training_name(fingerprint)
     if isinstance(sweep.algorithm, Population):
         # settings that changed on the way are no contract of a fine-tune: what was made is named by its last leg
         last = record.steps[-1]

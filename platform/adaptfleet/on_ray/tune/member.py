@@ -50,7 +50,7 @@ def run_member(config: dict[str, Any]) -> None:
 
 def run_name(sweep: SweepJob, leg: str) -> str:
     """The run that trains a leg, by the leg's name."""
-    return f"sweep-{sweep.run_name()[-16:]}-{leg.partition('-')[2]}"
+    return sweep.training_name(leg.partition("-")[2])
 
 
 @contextlib.contextmanager

@@ -175,7 +175,7 @@ def _quality(checkpoint: str | None) -> str:
 def _finetune(trial: Trial, job: FinetuneJob) -> Iterator[Report]:
     name = f"train-{job.fingerprint()}"
     evaluation = job.evaluation.model_copy(update={"times": max(trial.evaluations, job.evaluation.times)})
-    run = f"sweep-{trial.sweep.run_name()[-16:]}-{job.fingerprint()}"
+    run = trial.sweep.training_name(job.fingerprint())
     whole = job.model_copy(update={"run": run, "evaluation": evaluation})
     last: Report = {}
     for report in training(trial, name, run, job.train, "finetune_steps.train", *trial.common, name, whole):

@@ -3,9 +3,12 @@
 import os
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import ScalingConfig  # ray.train's own name is typed as the old one
+from ray.train.v2.api.config import (  # ray.train's own names are typed as the old ones
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
 
 from adaptfleet.contracts.distillation import Distillation
 from adaptfleet.contracts.errors import ContractError
@@ -15,6 +18,7 @@ from adaptfleet.on_ray.joining import connected
 from adaptfleet.on_ray.train.coordinator import ensure_watchful_coordinator
 from adaptfleet.on_ray.train.failures import FailureCount
 from adaptfleet.on_ray.train.few_bits import needs_bitsandbytes
+from adaptfleet.on_ray.train.growth import ElasticTrainer
 from adaptfleet.on_ray.train.places import equal_share, shortage
 from adaptfleet.on_ray.train.progress import ProgressTeller
 from adaptfleet.on_ray.train.run_folder import RunFolder
@@ -40,7 +44,7 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
             ensure_watchful_coordinator()
         if isinstance(job.objective, Distillation) and job.objective.source.kind == "offline":
             score_rows(job, folder, cpus, gpus)
-        trainer = TorchTrainer(
+        trainer = ElasticTrainer(
             train_worker,
             train_loop_config={
                 "job": job.model_dump_json(),
@@ -58,7 +62,7 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
                 name=job.run_name(),
                 storage_path=str(folder.path.parent),
                 failure_config=FailureConfig(max_failures=-1),
-                callbacks=[FailureCount(folder.path, cluster.max_failures)],  # type: ignore[list-item]  # typed as the old one
+                callbacks=[FailureCount(folder.path, cluster.max_failures)],
                 checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep),
             ),
         )

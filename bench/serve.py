@@ -1,11 +1,12 @@
 """Serving, measured: what adapters cost in one engine, and what the door and Ray Serve cost over bare vLLM.
 
-    python bench/serve.py [--rounds 5] [--only engine|endpoint|clients|adapters|kill|rescale]
+    python bench/serve.py [--rounds 5] [--only engine|endpoint|peer|clients|adapters|kill|rescale]
 
 engine    a batch of 16, greedy: four adapters (ranks 8 and 16 on all linear modules), every fifth request the base. The same prompts in
           three engines, each a process of its own: without LoRA, with the stacked plug-in, with stock vLLM's LoRA.
 endpoint  streamed chats of the base at concurrency 8 and 16: this endpoint with keys, routing and metrics, and vLLM's own server with the
           same engine settings. Both servers run all the time; the client is a process of its own.
+peer      `bench/serve_peer.py`: ray.serve.llm over the vLLM it asks for, beside this endpoint over its own.
 clients   `bench/serve_clients.py`: the same load by this client and by vLLM's benchmark client.
 adapters, kill, rescale
           `bench/serve_fleet.py`: a thousand adapters, an engine killed, replicas that come and go.
@@ -173,31 +174,43 @@ def measure_endpoint(model: Path, rounds: int) -> dict[str, Any]:
         say("bare vLLM is up")
         url, key = stack.enter_context(endpoint(spec, Path(scratch)))
         say("the endpoint is up")
-        servers = {"bare vLLM": (bare_url, "none"), "endpoint (ours)": (url, key)}
-        rows: dict[int, dict[str, list[dict[str, float]]]] = {c: {side: [] for side in servers} for c in CONCURRENCIES}
-        for round_number in range(-1, rounds):  # the first warms up
-            for concurrency in CONCURRENCIES:
-                for side in in_turn(list(servers), round_number):
-                    names = [spec.base_id()] * REQUESTS_EACH * concurrency
-                    row = load(*servers[side], names, concurrency, seed=100 * round_number + concurrency)
-                    if round_number >= 0:
-                        rows[concurrency][side].append(row)
-                        say(
-                            f"round {round_number + 1}, c={concurrency}: {side} {row['tokens_per_s']:.1f} tokens/s, "
-                            f"TTFT {row['ttft_p50_ms']:.0f} ms, ITL p95 {row['itl_p95_ms']:.1f} ms"
-                        )
+        servers = {"bare vLLM": (bare_url, "none", spec.base_id()), "endpoint (ours)": (url, key, spec.base_id())}
+        rows = compared_loads(servers, rounds)
     results: dict[str, Any] = {"rounds": rounds, "medians": {}}
     bare, ours = servers
     for concurrency, sides in rows.items():
         median = {side: {name: statistics.median(row[name] for row in runs) for name in runs[0]} for side, runs in sides.items()}
         for key, name in (("throughput_ratio", "tokens_per_s"), ("ttft_p50_ratio", "ttft_p50_ms"), ("itl_p95_ratio", "itl_p95_ms")):
-            ratios = [one[name] / other[name] for one, other in zip(sides[ours], sides[bare], strict=True)]
-            results[f"{key}_c{concurrency}"] = round(statistics.median(ratios), 3)
-            results[f"{key}_c{concurrency}_rounds"] = [round(ratio, 3) for ratio in ratios]
+            results[f"{key}_c{concurrency}"] = median_ratio(sides[ours], sides[bare], name)
+            results[f"{key}_c{concurrency}_rounds"] = [
+                round(one[name] / other[name], 3) for one, other in zip(sides[ours], sides[bare], strict=True)
+            ]
         results["medians"][f"c{concurrency}"] = {
             side: {name: round(value, 2) for name, value in row.items()} for side, row in median.items()
         }
     return results
+
+
+def compared_loads(servers: dict[str, tuple[str, str, str]], rounds: int) -> dict[int, dict[str, list[dict[str, float]]]]:
+    """By concurrency and server, a row a round. `servers`: address, key and model of each."""
+    rows: dict[int, dict[str, list[dict[str, float]]]] = {c: {side: [] for side in servers} for c in CONCURRENCIES}
+    for round_number in range(-1, rounds):  # the first warms up
+        for concurrency in CONCURRENCIES:
+            for side in in_turn(list(servers), round_number):
+                url, key, model = servers[side]
+                row = load(url, key, [model] * REQUESTS_EACH * concurrency, concurrency, seed=100 * round_number + concurrency)
+                if round_number >= 0:
+                    rows[concurrency][side].append(row)
+                    say(
+                        f"round {round_number + 1}, c={concurrency}: {side} {row['tokens_per_s']:.1f} tokens/s, "
+                        f"TTFT {row['ttft_p50_ms']:.0f} ms, ITL p95 {row['itl_p95_ms']:.1f} ms"
+                    )
+    return rows
+
+
+def median_ratio(ones: list[dict[str, float]], others: list[dict[str, float]], name: str) -> float:
+    """A round's sides met the same machine: the median of the rounds' ratios."""
+    return round(statistics.median(one[name] / other[name] for one, other in zip(ones, others, strict=True)), 3)
 
 
 @contextmanager
@@ -337,7 +350,7 @@ def expect(process: subprocess.Popen[str], word: str) -> str:
     )
 
 
-def await_url(url: str, is_alive: Callable[[], bool], timeout_s: float = 600) -> None:
+def await_url(url: str | urllib.request.Request, is_alive: Callable[[], bool], timeout_s: float = 600) -> None:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until and is_alive():
         try:
@@ -345,7 +358,7 @@ def await_url(url: str, is_alive: Callable[[], bool], timeout_s: float = 600) ->
                 return
         except OSError:
             time.sleep(0.5)
-    raise SystemExit(f"{url} did not answer.")
+    raise SystemExit(f"{url if isinstance(url, str) else url.full_url} did not answer.")
 
 
 def free_port() -> int:
@@ -395,7 +408,7 @@ def show(results: dict[str, Any]) -> None:
     Console().print(table)
 
 
-PARTS = ("engine", "endpoint", "clients", "adapters", "kill", "rescale")
+PARTS = ("engine", "endpoint", "peer", "clients", "adapters", "kill", "rescale")
 
 
 def main() -> None:
@@ -414,6 +427,7 @@ def main() -> None:
     os.environ.update(CLUSTER_ENV)
     import serve_clients
     import serve_fleet
+    import serve_peer
 
     from adaptfleet.core.models.embedded import embedded_model
 
@@ -421,6 +435,7 @@ def main() -> None:
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "engine": lambda: measure_engines(model, arguments.rounds),
         "endpoint": lambda: measure_endpoint(model, arguments.rounds),
+        "peer": lambda: serve_peer.measure_peer(model, min(arguments.rounds, 3)),
         "clients": lambda: serve_clients.measure_clients(model, min(arguments.rounds, 3)),
         "adapters": lambda: serve_fleet.measure_adapters(model, min(arguments.rounds, 3)),
         "kill": lambda: serve_fleet.measure_kill(model),

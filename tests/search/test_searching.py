@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from ray.tune.search import Searcher
 
+from adaptfleet.contracts.compression import Quantize
 from adaptfleet.contracts.loading import parse_contract
+from adaptfleet.contracts.schemes import Mixed, WeightOnly
 from adaptfleet.contracts.search import Point, SweepJob
 from adaptfleet.contracts.search_points import point_id
+from adaptfleet.on_ray.tune.plan import TO_NEAREST
 from adaptfleet.on_ray.tune.searcher import PointSearcher
 from adaptfleet.on_ray.tune.stopping import DominanceStopper
 from adaptfleet.on_ray.tune.sweep_folder import Cost, Record, StepLock, SweepFolder
@@ -113,6 +116,20 @@ def test_in_a_drawn_search_only_the_same_rounding_is_compared() -> None:
     assert not stopper("", report("a", "unrounded", 1.0, rounding="8"))
     assert not stopper("", report("b", "unrounded", 2.0, rounding="4")), "the better one may never be drawn with 4 bits"
     assert stopper("", report("c", "unrounded", 2.0, rounding="8"))
+
+
+def test_what_is_rounded_to_nearest_is_compared_with_the_same_rounding_alone() -> None:
+    stopper = DominanceStopper(job())
+    assert not stopper("", report("a", TO_NEAREST, 1.0, rounding="8"))
+    assert not stopper("", report("b", TO_NEAREST, 1.2, rounding="4")), "it will be smaller"
+    assert stopper("", report("c", TO_NEAREST, 1.3, rounding="4")) and "b was ahead at rounded to nearest" in stopper.reasons["c"]
+
+
+def test_a_slow_rounding_has_a_quick_one_before_it() -> None:
+    slow = Quantize(scheme=WeightOnly(algorithm="gptq", group_size=64), keep=("down_proj",))
+    assert slow.to_nearest == Quantize(scheme=WeightOnly(algorithm="rtn", group_size=64), keep=("down_proj",))
+    assert Quantize(scheme=WeightOnly()).to_nearest is None
+    assert Quantize(scheme=Mixed(max_bytes_ratio=0.5, algorithm="gptq")).to_nearest is None
 
 
 def test_a_lock_is_its_holders_alone(tmp_path: Path) -> None:

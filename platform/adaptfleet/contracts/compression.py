@@ -12,7 +12,7 @@ from adaptfleet.contracts.methods import Lora
 from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.contracts.names import DEFAULT_ALIAS, SafeAlias, SafeName
 from adaptfleet.contracts.objectives import Objective, Sft
-from adaptfleet.contracts.schemes import W8A8, Scheme, Target
+from adaptfleet.contracts.schemes import W8A8, Fp8, Mixed, Scheme, Target
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 ORDER = ("prune", "recover", "merge", "quantize", "tune", "recover", "publish")
@@ -84,6 +84,13 @@ class Quantize(Spec):
 
     def why_unserved(self, target: Target) -> str | None:
         return self.scheme.why_unserved(target)
+
+    @property
+    def to_nearest(self) -> "Quantize | None":
+        """The same step in a minute in place of many, by rounding to nearest. None: it does so, or measures each layer first."""
+        if isinstance(self.scheme, Fp8 | Mixed) or self.scheme.algorithm == "rtn":
+            return None
+        return self.model_copy(update={"scheme": self.scheme.model_copy(update={"algorithm": "rtn"})})
 
     @model_validator(mode="after")
     def _head_with_embedding(self) -> "Quantize":

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, assert_never
@@ -106,16 +108,19 @@ def make(sweep: str, folder: str, job: CompressJob, step: PlannedStep, earlier: 
         case Merge():
             made_once(kind, key, lambda out: steps.merge(source, root / str(earlier), out), root)
         case Quantize():
-            config = AutoConfig.from_pretrained(found.folder, trust_remote_code=job.model.trust_remote_code)
-            shapes = planned_shapes(job, config, shapes_of(config, job.model.trust_remote_code))
-            with_shapes = dataclasses.replace(found, shapes=shapes)
-            made_once(kind, key, lambda out: steps.round_weights(source, out, spec, with_shapes), root)
+            planned = _with_planned_shapes(found, job)
+            made_once(kind, key, lambda out: steps.round_weights(source, out, spec, planned), root)
         case Tune():
             whole = prepared_whole(job.model_dump_json())
             made_once(kind, key, lambda out: steps.tune_scales(source, out, spec, whole), root)
         case _:
             raise AssertionError(spec)
     return 0
+
+
+def _with_planned_shapes(found: Prepared, job: CompressJob) -> Prepared:
+    config = AutoConfig.from_pretrained(found.folder, trust_remote_code=job.model.trust_remote_code)
+    return dataclasses.replace(found, shapes=planned_shapes(job, config, shapes_of(config, job.model.trust_remote_code)))
 
 
 def _train(sweep: str, folder: str, job: CompressJob, step: PlannedStep, evaluations: int, root: Path) -> int:
@@ -131,8 +136,26 @@ def _train(sweep: str, folder: str, job: CompressJob, step: PlannedStep, evaluat
 
 def quality(sweep: str, folder: str, job: CompressJob, name: str | None) -> dict[str, float]:
     """Held-out loss of a step's checkpoint, over the answers' tokens, and its bytes."""
-    checkpoint = checkpoint_folder(sweep, folder, name)
-    rows = checkpoint_rows(job, name or "parent", checkpoint, prepared(sweep).held_out["in_domain"])
+    return _quality_of(sweep, job, name or "parent", checkpoint_folder(sweep, folder, name))
+
+
+def quality_to_nearest(sweep: str, folder: str, job: CompressJob, step: PlannedStep) -> dict[str, float]:
+    """The same of what a step would leave if it rounded to nearest. No weights stay."""
+    spec = job.steps[step.number]
+    assert isinstance(spec, Quantize)
+    to_nearest = spec.to_nearest
+    assert to_nearest is not None
+    source = checkpoint_folder(sweep, folder, step.before)
+    # found and removed after a kill by its name and number, as a step's own folder is
+    with tempfile.TemporaryDirectory(prefix=f".{step.name}.", suffix=f".{os.getpid()}", dir=SweepFolder(Path(folder)).steps) as scratch:
+        out = Path(scratch) / "rounded"
+        out.mkdir()
+        steps.round_weights(source, out, to_nearest, _with_planned_shapes(prepared(sweep), job))
+        return _quality_of(sweep, job, f"nearest-{step.name}", out)
+
+
+def _quality_of(sweep: str, job: CompressJob, name: str, checkpoint: Path) -> dict[str, float]:
+    rows = checkpoint_rows(job, name, checkpoint, prepared(sweep).held_out["in_domain"])
     losses = [row.loss for row in rows if row.loss]
     nll = sum(loss.nats for loss in losses) / sum(loss.num_labels for loss in losses)
     return {"nll": nll, "bytes": float(weights_bytes(checkpoint))}

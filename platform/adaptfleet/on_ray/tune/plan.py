@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+TO_NEAREST = "rounded to nearest"
+"""A trial's stage before a slow rounding."""
+
 
 @dataclass(frozen=True)
 class PlannedStep:

@@ -7,6 +7,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from adaptfleet.contracts.search import Asha, Dominance, Grid, Median, SweepJob
 from adaptfleet.contracts.search_points import baseline_name
+from adaptfleet.on_ray.tune.plan import TO_NEAREST
 
 R = TypeVar("R", bound=TrialScheduler)
 
@@ -41,7 +42,8 @@ def _sparing(rule: type[R], sweep: SweepJob) -> type[R]:
 class DominanceStopper(tune.Stopper):
     """Ends a trial that another one is ahead of: no larger before rounding, and of a smaller loss by the margin, at the same stage. What is
     behind before rounding stays behind after the same rounding; a grid will round the other one too, and in other searches only trials with
-    the same rounding are held against each other. A rounded one's loss needs no margin: rounding makes no loss smaller."""
+    the same rounding are held against each other. A rounded one's loss needs no margin: rounding makes no loss smaller. Before a slow
+    rounding (GPTQ, AWQ) stands what rounding to nearest leaves, always held against the same rounding."""
 
     def __init__(self, sweep: SweepJob) -> None:
         rule = sweep.space.early_stopping
@@ -63,7 +65,8 @@ class DominanceStopper(tune.Stopper):
         loss, size = result.get("eval_loss" if stage.startswith("training") else "nll"), result.get("dense_bytes")
         if loss is None or size is None:
             return False
-        rivals = self._seen.setdefault((stage, "any" if self._rounds_all else str(result.get("rounding"))), {})
+        rounds_all = self._rounds_all and stage != TO_NEAREST
+        rivals = self._seen.setdefault((stage, "any" if rounds_all else str(result.get("rounding"))), {})
         rivals[name] = (loss, size)
         reason = self._reason(name, stage, loss, size, result["bytes"], rivals)
         if reason is None or name == self._baseline:

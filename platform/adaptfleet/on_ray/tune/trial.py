@@ -18,11 +18,11 @@ from adaptfleet.contracts.compression import CompressJob, Quantize, Recover
 from adaptfleet.contracts.errors import AdaptfleetError, ContractError, DivergedError, TrainingError
 from adaptfleet.contracts.home import home
 from adaptfleet.contracts.jobs import FinetuneJob, TrainSpec
-from adaptfleet.contracts.search import ENGINE_METRICS, Point, SweepJob
+from adaptfleet.contracts.search import ENGINE_METRICS, Dominance, Point, SweepJob
 from adaptfleet.contracts.search_points import job_of, trial_name
 from adaptfleet.contracts.serving import ServingSpec
 from adaptfleet.on_ray.tune.computing import Place, compute, finished, submit
-from adaptfleet.on_ray.tune.plan import Plan
+from adaptfleet.on_ray.tune.plan import TO_NEAREST, Plan
 from adaptfleet.on_ray.tune.sweep_folder import Cost, Record, SweepFolder
 
 _POLL_S = 0.5
@@ -147,6 +147,9 @@ def _compression(trial: Trial, job: CompressJob) -> Iterator[Report]:
             # rounding makes no loss smaller: what it is by now is a bound
             bound = trial.measured(_quality(checkpoint), "compress_steps.quality", *trial.common, job, checkpoint)
             yield {"stage": "unrounded", "nll": bound["nll"], **known}
+            if isinstance(trial.sweep.space.early_stopping, Dominance) and spec.to_nearest:
+                near = trial.measured(f"nearest-{step.name}", "compress_steps.quality_to_nearest", *trial.common, job, step)
+                yield {"stage": TO_NEAREST, "nll": near["nll"], **known, "rounding": spec.to_nearest.model_dump_json()}
         work = ("compress_steps.make", *trial.common, job, step, earlier, trial.evaluations)
         if isinstance(spec, Recover):
             for report in training(trial, step.name, str(step.run), spec.train, *work):

@@ -1,5 +1,7 @@
 """A pruned model is a plain smaller one that computes what the whole one computes without the units that were taken."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -204,3 +206,19 @@ def test_what_an_architecture_cannot_lose_is_refused_all_at_once() -> None:
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(ModelError, match=r"type 'gpt2' cannot be pruned yet; known are llama"):
         planned_sizes(make_plain_model("gpt2").config, Prune(mlp_width=0.1))
+
+
+def test_nothing_of_a_pass_stays_in_memory() -> None:
+    """A process that prunes goes on with other work; a ring of a tensor and its own hook is one that no collector sees."""
+    model = make_model("llama")
+    seen: list[weakref.ref[torch.Tensor]] = []
+    layout = layout_of(model.config)
+    module = list(layout.blocks(model))[1].get_submodule(layout.mlp_out)
+
+    def watch(_: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        seen.append(weakref.ref(arguments[0]))
+
+    module.register_forward_pre_hook(watch)
+    measure(model, make_rows(3), pad_id=0)
+    gc.collect()
+    assert seen and all(each() is None for each in seen)

@@ -106,8 +106,9 @@ def _pass(
 
     def watch(add: Callable[[torch.Tensor, torch.Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            values = arguments[0]
-            values.register_hook(lambda gradient: add(values.detach().flatten(0, -2).float(), gradient.flatten(0, -2).float()))
+            # a hook that held the tensor it hangs on would keep the whole graph for ever: no collector sees the ring through autograd
+            values = arguments[0].detach()
+            arguments[0].register_hook(lambda gradient: add(values.flatten(0, -2).float(), gradient.flatten(0, -2).float()))
 
         return before
 

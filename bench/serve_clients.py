@@ -20,7 +20,8 @@ TASK, NUM_QUESTIONS, ANSWER_TOKENS = "capitals", 16, 24
 
 
 def measure_clients(model: Path, rounds: int) -> dict[str, Any]:
-    from serve import CHAT_TOKENS, endpoint, in_turn, load, say
+    from chat_load import CHAT_TOKENS, load
+    from serve import endpoint, in_turn, say
 
     from adaptfleet.contracts.serving import ServingSpec
 
@@ -50,7 +51,7 @@ def measure_clients(model: Path, rounds: int) -> dict[str, Any]:
 
 def by_vllm(url: str, key: str, name: str, model: Path, seed: int, num_tokens: int, scratch: Path) -> dict[str, float]:
     """`vllm bench serve`, by its module: the console script looks for a distribution named vllm, which the CPU build is not."""
-    from serve import answer_tokens, question
+    from chat_load import answer_tokens, question
 
     questions = scratch / "questions.jsonl"
     lines = [{"prompt": question(i, seed), "output_tokens": answer_tokens(i, seed, num_tokens)} for i in range(NUM_REQUESTS)]

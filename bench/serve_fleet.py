@@ -12,7 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from serve import bare_vllm, endpoint, free_port, load, say
+from chat_load import load
+from serve import bare_vllm, endpoint, free_port, say
 
 NUM_ADAPTERS, RANK, ZIPF = 1000, 8, 1.0
 REQUESTS, CONCURRENCY = 64, 8

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from peers import overlay
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PEER = REPOSITORY / "build" / "peers-serve-llm"
@@ -30,7 +31,7 @@ def measure_peer(model: Path, rounds: int) -> dict[str, Any]:
 
     from adaptfleet.contracts.serving import ServingSpec
 
-    python = peer_python()
+    python = overlay(PEER, *PINS)
     with _peer(python, "--ray", model) as url, _peer(python, "--bare", model) as bare:
         say("the peer and its vLLM are up")
         peers = compared_loads({"ray.serve.llm": (url, "none", ID), "its vLLM": (bare, "none", ID)}, rounds)
@@ -48,18 +49,6 @@ def _ratios(rows: dict[int, dict[str, list[dict[str, float]]]]) -> dict[str, flo
 
     named = (("throughput_ratio", "tokens_per_s"), ("ttft_p50_ratio", "ttft_p50_ms"), ("itl_p95_ratio", "itl_p95_ms"))
     return {f"{name}_c{c}": median_ratio(*sides.values(), figure) for c, sides in rows.items() for name, figure in named}
-
-
-def peer_python() -> Path:
-    python = PEER / "bin" / "python"
-    if not (PEER / "ready").exists():
-        venv.create(PEER, with_pip=True, clear=True)
-        site = next((PEER / "lib").glob("python3.*/site-packages"))
-        shared = next((REPOSITORY / ".venv" / "lib").glob("python3.*/site-packages"))
-        (site / "shared.pth").write_text(f"{shared}\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PINS], check=True)
-        (PEER / "ready").touch()
-    return python
 
 
 @contextmanager

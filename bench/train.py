@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from peers import overlay
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "platform"), str(REPOSITORY / "bench")]
@@ -83,19 +84,6 @@ class Contender:
             self._process.wait()
 
 
-def peer_python() -> Path:
-    """An environment with TRL that sees the packages of .venv."""
-    python = PEERS / "bin" / "python"
-    if not (PEERS / "ready").exists():
-        venv.create(PEERS, with_pip=True, clear=True)
-        site = next((PEERS / "lib").glob("python3.*/site-packages"))
-        shared = next((REPOSITORY / ".venv" / "lib").glob("python3.*/site-packages"))
-        (site / "shared.pth").write_text(f"{shared}\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", f"trl=={TRL}"], check=True)
-        (PEERS / "ready").touch()
-    return python
-
-
 def factory_python() -> Path | None:
     """An environment with LLaMA-Factory and what it asks for; None: it does not install here."""
     python = FACTORY / "bin" / "python"
@@ -120,7 +108,7 @@ def speed(steps: int, names: list[str], variant: dict[str, Any]) -> dict[str, An
     contenders: list[Contender] = []
     try:
         for name in names:
-            python = own if name == "ours" else factory_python() if name == "llamafactory" else peer_python()
+            python = own if name == "ours" else factory_python() if name == "llamafactory" else overlay(PEERS, f"trl=={TRL}")
             if python is None:
                 print(f"{name} does not install here and is left out")
                 continue

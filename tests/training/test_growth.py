@@ -42,12 +42,11 @@ def _policy(source: str = "smollm2-135m") -> Any:
     return ReadyNodes(ScalingConfig(num_workers=(1, 4)), job.model_dump_json(), needs_bitsandbytes=False)
 
 
-def _wait_until_ready(policy: Any, node: str) -> float:
+def _wait_until_ready(policy: Any, node: str) -> None:
     began = time.monotonic()
     while not policy._are_ready({node}):
         assert time.monotonic() < began + 120, "the node did not become ready"
         time.sleep(0.1)
-    return time.monotonic() - began
 
 
 def test_a_joined_node_is_made_ready_once(node: WorkerNode) -> None:
@@ -63,8 +62,12 @@ def test_a_joined_node_is_made_ready_once(node: WorkerNode) -> None:
 
 
 def test_a_node_that_cannot_be_made_ready_is_left_to_its_workers_to_report(node: WorkerNode) -> None:
+    import ray
+
     policy = _policy("./nowhere")
     _wait_until_ready(policy, node.node_id)
+    with pytest.raises(ray.exceptions.RayTaskError, match="nowhere"):
+        ray.get(policy._made_ready[node.node_id])
 
 
 def test_a_draining_node_is_no_room_and_nor_is_a_lost_one(node: WorkerNode) -> None:

@@ -87,7 +87,7 @@ class Quantize(Spec):
 
     @property
     def to_nearest(self) -> "Quantize | None":
-        """The same step in a minute in place of many, by rounding to nearest. None: it does so, or measures each layer first."""
+        """The same step by rounding to nearest. None: it does so, or measures each layer first."""
         if isinstance(self.scheme, Fp8 | Mixed) or self.scheme.algorithm == "rtn":
             return None
         return self.model_copy(update={"scheme": self.scheme.model_copy(update={"algorithm": "rtn"})})

@@ -71,6 +71,7 @@ RECIPES: dict[str, list[Any]] = {
     "mixed": [{"kind": "quantize", "scheme": {"kind": "mixed", "max_bytes_ratio": 0.5, "algorithm": "gptq"}, **ENDS_4}, TUNE],
     "width_raw": [{**PRUNE, "refit": False}],
     "width_refit": [PRUNE],
+    **{f"width_{percent}_refit": [{**PRUNE, "mlp_width": percent / 100}] for percent in (30, 40, 60)},
     "width": [PRUNE, RECOVER, "merge"],
     "width_w8a8": [PRUNE, RECOVER, "merge", W8A8],
     "second_base_w4": [{"kind": "quantize", "scheme": GPTQ, **ENDS_8}, TUNE],

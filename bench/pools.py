@@ -3,7 +3,8 @@
     python bench/pools.py [--only scale spot service]
 
 scale    a task that asks for an accelerator on an empty pool; the pool's end after it
-         scale_up_s, scale_down_s (idle time-out included), idle_timeout_s
+         scale_up_s, scale_down_s (idle time-out included), idle_timeout_s: a node counts while Ray says that it is alive;
+         pod_gone_s: until its pod is gone too, which on a real cluster is the kubelet's affair
 spot     an elastic fine-tune of the embedded model on spot nodes: one is taken back with notice, one dies without
          spot_steps_redone_notice, spot_steps_redone_kill, ..., and how long until two workers train again
 service  a RayService with the embedded model and an adapter that a RayJob has just tuned, under load: the head is killed, then the
@@ -53,26 +54,31 @@ def measure_scale(dev: Any, home: Path) -> dict[str, Any]:
     cluster = dev.ready("pool")
     os.environ.update(cluster.env)
     found: dict[str, Any] = {"idle_timeout_s": pool["spec"]["workerGroupSpecs"][1]["idleTimeoutSeconds"]}
-    ups, downs = [], []
+    ups, downs, gone = [], [], []
     with ray.init(address=cluster.address, log_to_driver=False, configure_logging=False):
 
         @ray.remote(num_gpus=1, num_cpus=1)
         def where() -> str:
             return str(ray.get_runtime_context().get_node_id())
 
+        def is_there() -> bool:
+            return any(node["Alive"] and node["Resources"].get("GPU") for node in ray.nodes())
+
         for _ in range(3):
             asked = time.monotonic()
             pending = where.remote()
-            dev.kube.wait(lambda: any(node["Alive"] and node["Resources"].get("GPU") for node in ray.nodes()), "a node", LIMIT_S)
+            dev.kube.wait(is_there, "a node", LIMIT_S)
             ups.append(time.monotonic() - asked)
             ray.get(pending)
             ended = time.monotonic()
-            dev.kube.wait(lambda: not dev.kube.pods("pool", "spot"), "the end of the node", LIMIT_S)
+            dev.kube.wait(lambda: not is_there(), "the end of the node", LIMIT_S)
             downs.append(time.monotonic() - ended)
-            say(f"up {ups[-1]:.1f} s, down {downs[-1]:.1f} s")
+            dev.kube.wait(lambda: not dev.kube.pods("pool", "spot"), "the end of the pod", LIMIT_S)
+            gone.append(time.monotonic() - ended)
+            say(f"up {ups[-1]:.1f} s, down {downs[-1]:.1f} s, the pod {gone[-1]:.1f} s")
     dev.kube.delete("RayCluster", "pool")
     dev.kube.wait(lambda: not dev.kube.listed("Pod"), "the end of the pool", LIMIT_S)
-    for name, values in (("scale_up_s", ups), ("scale_down_s", downs)):
+    for name, values in (("scale_up_s", ups), ("scale_down_s", downs), ("pod_gone_s", gone)):
         found[name] = round(sorted(values)[1], 1)
         found[f"{name}_all"] = [round(value, 1) for value in values]
     return found

@@ -18,6 +18,8 @@ from serve import bare_vllm, endpoint, free_port, say
 NUM_ADAPTERS, RANK, ZIPF = 1000, 8, 1.0
 REQUESTS, CONCURRENCY = 64, 8
 COLD, PUBLISHED = 15, 5
+CLIENTS, SECONDS_BEFORE, SECONDS_AFTER = 12, 5, 10
+"""Of the load around a kill, and how long it goes on before and after."""
 
 
 # adapters
@@ -155,13 +157,11 @@ def measure_kill(model: Path) -> dict[str, Any]:
 
     spec = ServingSpec(cpus_per_replica=1, replicas=2, max_num_seqs=8)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        # A second bare engine beside a running one: what a replacement has to do, under the same load of the machine.
+        # A second bare engine beside one that bears what the surviving replica will: what a replacement has to do, on a machine as busy.
         started = time.perf_counter()
-        with bare_vllm(spec, model):
+        with bare_vllm(spec, model) as survivor:
             say(f"a bare engine is up after {time.perf_counter() - started:.1f} s (its first start)")
-            started = time.perf_counter()
-            with bare_vllm(spec, model):
-                bare_start_s = time.perf_counter() - started
+            bare_start_s = asyncio.run(start_beside(survivor, spec, model))
         say(f"a bare engine beside another starts in {bare_start_s:.1f} s")
         url, key = stack.enter_context(endpoint(spec, Path(folder), num_cpus=4))
         asyncio.run(until_replicas(url, key, 2))
@@ -180,17 +180,38 @@ def measure_kill(model: Path) -> dict[str, Any]:
     }
 
 
+async def start_beside(survivor: str, spec: Any, model: Path) -> float:
+    """Seconds of a bare engine's start beside another that answers what `kill_one` asks of the replica that is left."""
+    import aiohttp
+
+    outcomes: list[dict[str, Any]] = []
+    stop = asyncio.Event()
+    second = bare_vllm(spec, model)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+        load = [asyncio.create_task(ask_on(session, survivor, stop, outcomes, number)) for number in range(CLIENTS)]
+        await asyncio.sleep(SECONDS_BEFORE)
+        started = time.perf_counter()
+        asyncio.get_running_loop().call_later(SECONDS_AFTER, stop.set)
+        await asyncio.to_thread(second.__enter__)
+        took = time.perf_counter() - started
+        await asyncio.gather(*load)
+    second.__exit__(None, None, None)
+    if not all(outcome["ended"] == "whole" for outcome in outcomes):
+        raise RuntimeError(f"the bare engine failed requests of the load: {outcomes[-3:]}")
+    return took
+
+
 async def kill_one(url: str, key: str) -> tuple[list[dict[str, Any]], float]:
     import aiohttp
 
     outcomes: list[dict[str, Any]] = []
     stop = asyncio.Event()
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}, timeout=aiohttp.ClientTimeout(total=300)) as session:
-        load = [asyncio.create_task(ask_on(session, url, stop, outcomes, number)) for number in range(12)]
-        await asyncio.sleep(5)
+        load = [asyncio.create_task(ask_on(session, url, stop, outcomes, number)) for number in range(CLIENTS)]
+        await asyncio.sleep(SECONDS_BEFORE)
         os.kill(engine_pids()[0], signal.SIGKILL)
         killed = time.perf_counter()
-        await asyncio.sleep(10)
+        await asyncio.sleep(SECONDS_AFTER)
         stop.set()
         await asyncio.gather(*load)
     await until_replicas(url, key, 2)

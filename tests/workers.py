@@ -1,5 +1,6 @@
 """Workers of one test: real processes that meet over gloo and leave together."""
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 LIMIT_S = 120
+PRELOADED = ["adaptfleet.core.loop", "adaptfleet.core.methods.choice", "adaptfleet.core.sharding", "adaptfleet.core.distill.objective"]
+"""What most workers import: once, by the process that they are forked from, which computes nothing and so has no threads."""
 
 
 @contextmanager
@@ -30,7 +33,9 @@ def run_workers(work: Callable, num_workers: int, *args: object) -> None:
     if num_workers == 1:
         work(0, *args)
         return
-    processes = mp.spawn(work, args=args, nprocs=num_workers, join=False)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    processes = mp.start_processes(work, args=args, nprocs=num_workers, join=False, start_method="forkserver")
+    assert processes is not None
     end = time.monotonic() + LIMIT_S
     while not processes.join(timeout=1):
         if time.monotonic() > end:

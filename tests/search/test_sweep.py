@@ -47,7 +47,7 @@ def contract(folder: Path, base: Path, rows: Path, name: str, axes: list[str], *
             "model": {"source": str(base)},
             "calibration": {"data": {"train": str(rows)}, "num_rows": 32},
             "steps": steps,
-            "proof": {"max_rows": 8, "num_resamples": 200, "rounds": 1, "engine": "bits" in axes},
+            "proof": {"max_rows": 8, "num_resamples": 200, "rounds": 1, "engine": "rank" in axes},
         },
         "axes": {axis: AXES[axis] for axis in axes},
         "baseline": {axis: {"rank": None, "ratio": 0.0, "bits": "16"}[axis] for axis in axes},
@@ -121,16 +121,12 @@ def test_a_search_without_training_to_a_promoted_point(embedded_home: Path, smal
 
 @pytest.mark.slow
 def test_the_joint_search_through_kill_9(embedded_home: Path, small_base: Path, sums: Path, tmp_path: Path) -> None:
-    environments = embedded_home / "environments"
-    if not environments.exists():
-        (TEST_HOME / "environments").mkdir(parents=True, exist_ok=True)
-        environments.symlink_to(TEST_HOME / "environments")
-    file, sweep = contract(tmp_path, small_base, sums, "joint-small", ["rank", "ratio", "bits"], finalists={"max": 2})
+    file, sweep = contract(tmp_path, small_base, sums, "joint-small", ["rank", "ratio"], finalists={"max": 2})
     folder = SweepFolder(embedded_home / "runs" / sweep.run_name())
     # a cluster of its own, which ends with the driver
     process = started(file, RAY_ADDRESS="")
     end = time.monotonic() + LIMIT_S
-    while not (folder.path / "trials").is_dir() or len(finished(folder)) < 3:
+    while not (folder.path / "trials").is_dir() or len(finished(folder)) < 2:
         assert process.poll() is None and time.monotonic() < end, said(file)[-3000:]
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGKILL)
@@ -142,9 +138,9 @@ def test_the_joint_search_through_kill_9(embedded_home: Path, small_base: Path, 
     assert process.wait(timeout=LIMIT_S) == 0, said(file)[-3000:]
     after, records = finished(folder), folder.records()
     assert {name: after[name] for name in before} == before, "finished points are not made again"
-    assert len(records) == 8 and all(record.status in ("finished", "stopped") for record in records.values()), records
+    assert len(records) == 4 and all(record.status in ("finished", "stopped") for record in records.values()), records
     events = [json.loads(line)["point"] for line in (folder.path / "history.jsonl").read_text().splitlines()]
-    assert len(events) == len(set(events)) == 8
+    assert len(events) == len(set(events)) == 4
     costs = folder.costs()
     made = [name.partition("-")[0] for name in costs if ".ended-" not in name]
     assert all(cost.tokens > 0 and cost.cpu_s > 1 for name, cost in costs.items() if name.startswith("recover") and ".ended-" not in name)
@@ -155,13 +151,16 @@ def test_the_joint_search_through_kill_9(embedded_home: Path, small_base: Path, 
     assert best["published"] == Registry.open().resolve(f"{best['published']}").reference
     assert best["measured"]["decode_tokens_per_s_b16"] > 0 and best["measured"]["engine_parity"] == pytest.approx(1, abs=0.1)
     loss = {name: record.metrics["nll"] for name, record in records.items() if record.status == "finished"}
-    assert loss["rank4-ratio0-bits16"] < loss["ranknone-ratio0-bits16"], "the adapter has learnt the task"
+    assert loss["rank4-ratio0"] < loss["ranknone-ratio0"], "the adapter has learnt the task"
 
 
 @pytest.mark.slow
-def test_a_slow_rounding_comes_after_a_quick_one(
+def test_a_slow_rounding_comes_after_a_quick_one_and_one_that_fails_is_recorded(
     local_cluster: Any, embedded_home: Path, small_base: Path, sums: Path, tmp_path: Path
 ) -> None:
+    """At first the point's checkpoint cannot be made: a file stands where it should."""
+    from adaptfleet.on_ray.tune.compress_steps import plan
+
     environments = embedded_home / "environments"
     if not environments.exists():
         (TEST_HOME / "environments").mkdir(parents=True, exist_ok=True)
@@ -171,9 +170,20 @@ def test_a_slow_rounding_comes_after_a_quick_one(
     values["space"]["axes"]["bits"]["choices"] = {"16": None, "4": {"kind": "weight-only", "group_size": 32, "algorithm": "gptq"}}
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     sweep = load_contract(SweepJob, file)
+    folder = SweepFolder.open(sweep)
+    job = job_of(sweep, {"bits": "4"})
+    assert isinstance(job, CompressJob)
+    blocked = folder.steps / plan(sweep.model_dump_json(), "", job).steps[-1].name
+    blocked.write_text("in the way")
     process = started(file)
     assert process.wait(timeout=LIMIT_S) == 0, said(file)[-3000:]
-    folder = SweepFolder(embedded_home / "runs" / sweep.run_name())
+    records = folder.records()
+    assert records["bits16"].status == "finished" and records["bits4"].status == "failed"
+    assert "bits4: failed" in said(file) and records["bits4"].reason
+
+    blocked.unlink()
+    process = started(file)
+    assert process.wait(timeout=LIMIT_S) == 0, said(file)[-3000:]
     records = folder.records()
     assert {name: record.status for name, record in records.items()} == {"bits16": "finished", "bits4": "finished"}
     whole = records["bits4"].metrics
@@ -181,30 +191,6 @@ def test_a_slow_rounding_comes_after_a_quick_one(
     step = next(name for name in records["bits4"].steps if name.startswith("quantize-"))
     assert whole["bytes"] == nearest[step]["bytes"] and whole["nll"] != nearest[step]["nll"]
     assert not [path for path in folder.steps.iterdir() if path.name.startswith(".quantize-")], "what was rounded to nearest is gone"
-
-
-@pytest.mark.slow
-def test_a_trial_that_fails_is_recorded_and_the_rest_goes_on(
-    local_cluster: Any, embedded_home: Path, small_base: Path, sums: Path, tmp_path: Path
-) -> None:
-    """A point whose checkpoint cannot be made: a file stands where it should."""
-    from adaptfleet.on_ray.tune.compress_steps import plan
-
-    file, sweep = contract(tmp_path, small_base, sums, "failing", ["ratio"], finalists={"max": 0})
-    folder = SweepFolder.open(sweep)
-    job = job_of(sweep, {"ratio": 0.4})
-    assert isinstance(job, CompressJob)
-    blocked = folder.steps / plan(sweep.model_dump_json(), "", job).steps[0].name
-    blocked.write_text("in the way")
-    process = started(file)
-    assert process.wait(timeout=LIMIT_S) == 0, said(file)[-3000:]
-    records = folder.records()
-    assert records["ratio0"].status == "finished" and records["ratio0.4"].status == "failed"
-    assert "ratio0.4: failed" in said(file) and records["ratio0.4"].reason
-    blocked.unlink()
-    process = started(file)
-    assert process.wait(timeout=LIMIT_S) == 0, said(file)[-3000:]
-    assert folder.records()["ratio0.4"].status == "finished", "its cause is mended"
 
 
 def test_what_the_model_does_not_take_is_told_before_a_trial(fresh_home: Path, small_base: Path, sums: Path, tmp_path: Path) -> None:

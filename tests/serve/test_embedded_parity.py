@@ -48,6 +48,8 @@ def test_mixed_batches(embedded_home: Path, tmp_path: Path, dtype: str) -> None:
         rounded = _reference(base, adapters.get(name), torch.bfloat16) if dtype == "bfloat16" else None
         told_apart = set()
         for (asked, prompt), answer in [*zip(requests, alone, strict=False), *zip(requests, together, strict=True)]:
+            if asked in told_apart:
+                continue
             found = disagreements(reference, prompt, answer, rounded)
             if asked == name:
                 wrong += [f"{name}, prompt of {len(prompt)}: {line}" for line in found]

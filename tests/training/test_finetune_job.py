@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from adaptfleet.contracts.errors import TrainingError
 from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.loading import parse_contract
+from adaptfleet.contracts.program import run_job
 from adaptfleet.core.checkpoint import read_progress
 from adaptfleet.store.registry import Registry
+from jobs.finetune import start
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 400
@@ -59,6 +61,14 @@ def command(file: Path) -> list[str]:
 
 def run(job: Job, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(write(job, folder)), capture_output=True, text=True, timeout=LIMIT_S, cwd=REPOSITORY, check=False)
+
+
+def refused(job: Job, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a job says that ends before it trains: the same program in this process, which has its libraries at hand."""
+    assert run_job(FinetuneJob, "", start, ["--config", str(write(job, folder))]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    return said
 
 
 def run_folder(job: Job) -> Path:
@@ -214,7 +224,7 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Jo
 def test_a_worker_killed_while_it_writes_a_checkpoint_goes_on_from_a_whole_one(
     undisturbed: Job, contract: Callable[..., Job], tmp_path: Path
 ) -> None:
-    job = contract("sums-torn", checkpoint={"every_steps": 1, "keep": 1000})
+    job = contract("sums-torn", checkpoint={"every_steps": 2, "keep": 1000})
     with subprocess.Popen(
         command(write(job, tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
     ) as process:
@@ -224,7 +234,7 @@ def test_a_worker_killed_while_it_writes_a_checkpoint_goes_on_from_a_whole_one(
     assert losses(job) == losses(undisturbed)
     kept = [place for place in run_folder(job).glob("checkpoint_*") if place.is_dir() and place != torn]
     steps = {read_progress(place)["step"] for place in kept}
-    assert {1, 2, len(losses(job))} <= steps
+    assert {2, len(losses(job))} <= steps
     with pytest.raises(TrainingError, match="is torn"):
         read_progress(torn)
 
@@ -266,9 +276,11 @@ def test_a_loss_that_is_no_number_ends_the_run_and_publishes_nothing(
     assert "sums-diverged" not in Registry.open().names()
 
 
-def test_more_than_the_cluster_has_is_refused_at_once(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
-    result = run(contract("sums-large", cluster={"workers": 2, "cpus_per_worker": 8}), tmp_path)
-    assert result.returncode == 2 and "want 16 CPUs where the cluster has 3" in result.stderr
+def test_more_than_the_cluster_has_is_refused_at_once(
+    local_cluster: Any, contract: Callable[..., Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = contract("sums-large", cluster={"workers": 2, "cpus_per_worker": 8})
+    assert "want 16 CPUs where the cluster has 3" in refused(large, tmp_path, capsys)
 
 
 def test_faults_of_model_data_and_method_are_reported_together(embedded_home: Path, contract: Callable[..., Job], tmp_path: Path) -> None:
@@ -291,13 +303,19 @@ def test_faults_of_model_data_and_method_are_reported_together(embedded_home: Pa
     ],
 )
 def test_one_fault_is_named(
-    embedded_home: Path, contract: Callable[..., Job], tmp_path: Path, section: str, values: dict[str, Any], says: str
+    embedded_home: Path,
+    contract: Callable[..., Job],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    section: str,
+    values: dict[str, Any],
+    says: str,
 ) -> None:
-    result = run(contract("bad", **{section: values}), tmp_path)
-    assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
+    assert says in refused(contract("bad", **{section: values}), tmp_path, capsys)
 
 
-def test_a_run_of_another_contract_is_not_overwritten(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_run_of_another_contract_is_not_overwritten(
+    undisturbed: Job, contract: Callable[..., Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = contract("sums-other") | {"run": run_folder(undisturbed).name}
-    result = run(job, tmp_path)
-    assert result.returncode == 2 and "was begun with another contract" in result.stderr
+    assert "was begun with another contract" in refused(job, tmp_path, capsys)

@@ -24,9 +24,10 @@ from adaptfleet.on_ray.train.progress import ProgressTeller
 from adaptfleet.on_ray.train.run_folder import RunFolder
 from adaptfleet.on_ray.train.start import train_worker
 
-# Ray Train looks at its workers and at draining nodes rarely; a lost worker or a notice should cost seconds.
+# Ray Train looks at its workers and at draining nodes rarely; a lost worker or a notice should cost seconds. It takes one checkpoint's report
+# at a look, so that a run with many ends later by so many looks.
 _WATCHFUL = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     # how long to wait for the place of a lost node before going on with fewer workers
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",

@@ -75,7 +75,11 @@ def test_four_and_eight_bits_side_by_side(compression_home: Path, small_base: Pa
 
 SCHEMES: dict[str, tuple[Quantize, float, float]] = {
     "static, smoothed": (Quantize(scheme=W8A8(activations="static", smoothquant=0.5)), 0, 9),
-    "zero points, some kept": (Quantize(scheme=WeightOnly(symmetric=False, group_size=64), keep=("layers.1.mlp.down_proj", "o_proj")), 0, 0.12),
+    "zero points, some kept": (
+        Quantize(scheme=WeightOnly(symmetric=False, group_size=64), keep=("layers.1.mlp.down_proj", "o_proj")),
+        0,
+        0.12,
+    ),
     "awq": (Quantize(scheme=WeightOnly(algorithm="awq")), 0, 9),
     "fp8 and its cache": (Quantize(scheme=Fp8(), kv_cache="fp8"), 0.01, 0.05),
     "3 bits": (Quantize(scheme=WeightOnly(bits=3, algorithm="gptq")), 0.1, 0.4),

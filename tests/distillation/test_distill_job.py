@@ -116,7 +116,6 @@ def test_a_published_student_teaches_an_adapter_on_two_workers(online: Job, cont
     assert manifest.kind == "adapter" and any(parent.startswith("teacher:small-sums@1:") for parent in manifest.parents)
 
 
-@pytest.mark.slow
 def test_a_killed_scoring_goes_on_and_a_kept_teacher_teaches_the_same(online: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
     source = {"kind": "offline", "k": 1000, "precision": "float32", "rows_per_file": 1}
     job = contract("small-offline", objective={**online["objective"], "source": source})
@@ -137,7 +136,6 @@ def test_a_killed_scoring_goes_on_and_a_kept_teacher_teaches_the_same(online: Jo
     assert "rows are in the cache" in run(again, tmp_path).stdout
 
 
-@pytest.mark.slow
 def test_a_student_learns_from_its_own_answers(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
     source = {"kind": "on_policy", "share": 0.7, "every_steps": 4}
     job = contract("small-on-policy", objective={"divergence": "reverse_kl", "alpha": 1.0, "source": source}, train={"max_steps": 6})

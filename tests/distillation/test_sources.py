@@ -172,7 +172,7 @@ def work(rank: int, num_workers: int, folder: Path, mode: str) -> None:
             (folder / f"{mode}.json").write_text(json.dumps(losses))
 
 
-@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_two_workers_write_and_learn_what_one_does(mode: str, tmp_path: Path) -> None:
     run_workers(work, 1, 1, tmp_path, "none")
     run_workers(work, 2, 2, tmp_path, mode)

@@ -165,7 +165,6 @@ def test_two_workers_have_the_losses_of_one(undisturbed: Job, contract: Callable
     assert max(abs(one[s] - two[s]) / one[s] for s in list(one)[:5]) < 1e-5
 
 
-@pytest.mark.slow
 def test_layers_cut_between_two_workers_have_the_losses_of_one(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
     job = contract(
         "sums-cut",
@@ -183,7 +182,6 @@ def test_layers_cut_between_two_workers_have_the_losses_of_one(undisturbed: Job,
     assert max(float((cut[key] - whole[key]).norm() / whole[key].norm()) for key in whole) < 2e-2
 
 
-@pytest.mark.slow
 def test_a_base_in_four_bits_is_sharded_over_two_workers(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
     job = contract("four-bits", method={"kind": "qlora"}, cluster={"workers": 2, "shard": "fsdp2"}, train={"max_steps": 40})
     result = run(job, tmp_path)
@@ -220,7 +218,6 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Jo
     assert losses(job) == losses(undisturbed)
 
 
-@pytest.mark.slow
 def test_a_worker_killed_while_it_writes_a_checkpoint_goes_on_from_a_whole_one(
     undisturbed: Job, contract: Callable[..., Job], tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from tests.training.test_sharding import Run, assert_same, joined, result_of
     [
         ("qwen2", "lora"),  # biases cut by columns
         ("gpt_neox", "lora"),  # queries, keys and values in one module, biases added after the sum over rows
-        pytest.param("llama", "prompt", marks=pytest.mark.slow),  # learnt embeddings outside of the layers
+        ("llama", "prompt"),  # learnt embeddings outside of the layers
         ("qwen3", "full"),  # a norm of each head, whose gradient is summed over the group
     ],
 )
@@ -26,13 +26,11 @@ def test_workers_with_parts_of_layers_have_the_losses_of_one(architecture: str, 
     assert_same(alone, result_of(Run(method, "fsdp2", 2, 2, architecture), tmp_path / "parts"))
 
 
-@pytest.mark.slow
 def test_parts_of_layers_can_be_compiled_and_computed_again(tmp_path: Path) -> None:
     alone = result_of(Run("lora"), tmp_path / "alone")
     assert_same(alone, result_of(Run("lora", "fsdp2", 2, 2, compiled=True, recomputed=True), tmp_path / "parts"))
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_layers_cut_otherwise(tmp_path: Path) -> None:
     """Of a Llama with grouped heads and a tied embedding: two groups of two, then whole layers, then one group."""
     alone = result_of(Run("lora"), tmp_path / "alone")

@@ -3,6 +3,7 @@
 import os
 
 import ray
+from ray.train.v2._internal import constants
 from ray.train.v2.api.config import (  # ray.train's own names are typed as the old ones
     CheckpointConfig,
     FailureConfig,
@@ -24,8 +25,8 @@ from adaptfleet.on_ray.train.progress import ProgressTeller
 from adaptfleet.on_ray.train.run_folder import RunFolder
 from adaptfleet.on_ray.train.start import train_worker
 
-# Ray Train looks at its workers and at draining nodes rarely; a lost worker or a notice should cost seconds. It takes one checkpoint's report
-# at a look, so that a run with many ends later by so many looks.
+# Ray Train looks at its workers and at draining nodes rarely; a lost worker or a notice should cost seconds. At a look it takes one
+# checkpoint's report, so that a run with many ends later by so many looks.
 _WATCHFUL = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
@@ -40,6 +41,7 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
         os.environ.setdefault(name, value)
     cluster = job.cluster
     with connected():
+        _tell_ray_trains_actors_their_cluster()
         cpus, gpus = worker_resources(cluster)
         if not isinstance(cluster.workers, int):
             ensure_watchful_coordinator()
@@ -69,6 +71,13 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
         )
         with ProgressTeller(folder):
             trainer.fit()
+
+
+def _tell_ray_trains_actors_their_cluster() -> None:
+    """The one that frees the CPUs of a training whose driver is gone asks Ray's state API, which looks for a cluster on this machine and
+    gives up where it finds two: the CPUs then stay taken (Ray 2.60, `placement_group_cleaner.py`)."""
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def worker_resources(cluster: ClusterSpec) -> tuple[int, float]:

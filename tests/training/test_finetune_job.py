@@ -19,11 +19,15 @@ from adaptfleet.contracts.jobs import FinetuneJob
 from adaptfleet.contracts.loading import parse_contract
 from adaptfleet.contracts.program import run_job
 from adaptfleet.core.checkpoint import read_progress
+from adaptfleet.on_ray.joining import connected
+from adaptfleet.on_ray.local_cluster import LocalCluster
 from adaptfleet.store.registry import Registry
 from jobs.finetune import start
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 400
+NUM_CPUS = 3
+"""Of the tests' cluster."""
 ADAPTER = "adapter_model.safetensors"
 Job = dict[str, Any]
 
@@ -69,6 +73,13 @@ def refused(job: Job, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     return said
+
+
+def free_cpus() -> float:
+    with connected():
+        import ray
+
+        return float(ray.available_resources().get("CPU", 0))
 
 
 def run_folder(job: Job) -> Path:
@@ -251,13 +262,24 @@ def test_a_worker_that_dies_more_often_than_allowed_ends_the_run_and_keeps_it(
     assert list(run_folder(job).glob("checkpoint_*"))
 
 
-def test_a_killed_job_goes_on_when_submitted_again(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_killed_job_frees_its_cpus_and_goes_on_when_submitted_again(
+    undisturbed: Job, contract: Callable[..., Job], tmp_path: Path
+) -> None:
     job = contract("sums-job-killed")
-    with subprocess.Popen(
-        command(write(job, tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
-    ) as process:
+    # with another cluster on the machine, which is none of its business
+    with (
+        LocalCluster.start(num_cpus=1),
+        subprocess.Popen(
+            command(write(job, tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
+        ) as process,
+    ):
         wait_for_step(job, 12, process)
+        assert free_cpus() < NUM_CPUS
         process.kill()
+        end = time.monotonic() + LIMIT_S
+        while free_cpus() < NUM_CPUS:
+            assert time.monotonic() < end, "what the job had is still taken"
+            time.sleep(0.5)
     result = run(job, tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
     assert losses(job) == losses(undisturbed)

@@ -26,8 +26,6 @@ from jobs.finetune import start
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 400
-NUM_CPUS = 3
-"""Of the tests' cluster."""
 ADAPTER = "adapter_model.safetensors"
 Job = dict[str, Any]
 
@@ -73,13 +71,6 @@ def refused(job: Job, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     return said
-
-
-def free_cpus() -> float:
-    with connected():
-        import ray
-
-        return float(ray.available_resources().get("CPU", 0))
 
 
 def run_folder(job: Job) -> Path:
@@ -262,27 +253,47 @@ def test_a_worker_that_dies_more_often_than_allowed_ends_the_run_and_keeps_it(
     assert list(run_folder(job).glob("checkpoint_*"))
 
 
-def test_a_killed_job_frees_its_cpus_and_goes_on_when_submitted_again(
-    undisturbed: Job, contract: Callable[..., Job], tmp_path: Path
-) -> None:
+def test_a_killed_job_goes_on_when_submitted_again(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
     job = contract("sums-job-killed")
-    # with another cluster on the machine, which is none of its business
-    with (
-        LocalCluster.start(num_cpus=1),
-        subprocess.Popen(
-            command(write(job, tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
-        ) as process,
-    ):
+    with subprocess.Popen(
+        command(write(job, tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
+    ) as process:
         wait_for_step(job, 12, process)
-        assert free_cpus() < NUM_CPUS
         process.kill()
-        end = time.monotonic() + LIMIT_S
-        while free_cpus() < NUM_CPUS:
-            assert time.monotonic() < end, "what the job had is still taken"
-            time.sleep(0.5)
     result = run(job, tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
     assert losses(job) == losses(undisturbed)
+
+
+def test_a_training_whose_task_is_ended_frees_its_cpus(local_cluster: Any, contract: Callable[..., Job]) -> None:
+    """As a search ends a trial: its job lives on. Another cluster on the machine is none of its business."""
+    spec = parse_contract(FinetuneJob, yaml.safe_dump(contract("sums-ended", train={"epochs": 1000})))
+
+    def train(spec: FinetuneJob, address: str) -> None:
+        from adaptfleet.on_ray.train.finetune import run_finetune
+
+        os.environ["RAY_ADDRESS"] = address
+        run_finetune(spec)
+
+    def wait_until(what: Callable[[], bool], seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not what() and time.monotonic() < end:
+            time.sleep(0.2)
+        return what()
+
+    progress = Path(os.environ["ADAPTFLEET_HOME"]) / "runs" / spec.run_name() / "progress.json"
+    with LocalCluster.start(num_cpus=1), connected():
+        import ray
+
+        def free_cpus() -> float:
+            return float(ray.available_resources().get("CPU", 0))
+
+        before = free_cpus()
+        task = ray.remote(num_cpus=0, max_retries=0)(train).remote(spec, os.environ["RAY_ADDRESS"])
+        assert wait_until(lambda: progress.exists() and json.loads(progress.read_text())["step"] > 5, LIMIT_S)
+        assert free_cpus() == before - 1
+        ray.cancel(task, force=True)
+        assert wait_until(lambda: free_cpus() == before, 60), "what the training had is still taken"
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_publishes_nothing(

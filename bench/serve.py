@@ -321,7 +321,7 @@ def show(results: dict[str, Any]) -> None:
         "cold_load_ms_p50": "ms that the first request to an adapter takes more than its second (aim: 200)",
         "publish_to_servable_s": "from publishing an adapter to an answer of it by every replica (aim: 2)",
         "kill_lost_requests": "requests without a token that failed when an engine was killed (aim: 0)",
-        "kill_recovery_ratio": "from the kill until both replicas answer, over a bare engine's start (aim: 1.2)",
+        "kill_recovery_ratio": "from the kill until both replicas answer, over a bare engine's start under the same load (aim: 1.2)",
         "rescale_failed_requests": "failed requests while replicas went 1, 2, 1 and were replaced (aim: 0)",
     }
     for name, meaning in meanings.items():

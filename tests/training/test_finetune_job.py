@@ -288,7 +288,8 @@ def test_a_training_whose_task_is_ended_frees_its_cpus(local_cluster: Any, contr
         def free_cpus() -> float:
             return float(ray.available_resources().get("CPU", 0))
 
-        before = free_cpus()
+        before = float(ray.cluster_resources()["CPU"])
+        assert wait_until(lambda: free_cpus() == before, 60), "an earlier test's job still runs"
         task = ray.remote(num_cpus=0, max_retries=0)(train).remote(spec, os.environ["RAY_ADDRESS"])
         assert wait_until(lambda: progress.exists() and json.loads(progress.read_text())["step"] > 5, LIMIT_S)
         assert free_cpus() == before - 1

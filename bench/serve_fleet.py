@@ -186,16 +186,15 @@ async def start_beside(survivor: str, spec: Any, model: Path) -> float:
 
     outcomes: list[dict[str, Any]] = []
     stop = asyncio.Event()
-    second = bare_vllm(spec, model)
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
-        load = [asyncio.create_task(ask_on(session, survivor, stop, outcomes, number)) for number in range(CLIENTS)]
-        await asyncio.sleep(SECONDS_BEFORE)
-        started = time.perf_counter()
-        asyncio.get_running_loop().call_later(SECONDS_AFTER, stop.set)
-        await asyncio.to_thread(second.__enter__)
-        took = time.perf_counter() - started
-        await asyncio.gather(*load)
-    second.__exit__(None, None, None)
+    with ExitStack() as stack:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+            load = [asyncio.create_task(ask_on(session, survivor, stop, outcomes, number)) for number in range(CLIENTS)]
+            await asyncio.sleep(SECONDS_BEFORE)
+            started = time.perf_counter()
+            asyncio.get_running_loop().call_later(SECONDS_AFTER, stop.set)
+            await asyncio.to_thread(stack.enter_context, bare_vllm(spec, model))
+            took = time.perf_counter() - started
+            await asyncio.gather(*load)
     if not all(outcome["ended"] == "whole" for outcome in outcomes):
         raise RuntimeError(f"the bare engine failed requests of the load: {outcomes[-3:]}")
     return took

@@ -39,6 +39,11 @@ def _service(document: Document) -> Iterator[Finding]:
         }
         if ports.get("serve") != port:
             yield Finding(f"{name} {group['groupName']}", f"the port named serve is {ports.get('serve')}, and Serve listens on {port}")
+        for application in config.get("applications") or []:
+            told = (application.get("args") or {}).get("metrics_port")
+            if told is None or ports.get("engine-metrics") != told:
+                what = f"the port named engine-metrics is {ports.get('engine-metrics')}, and args.metrics_port is {told}"
+                yield Finding(f"{name} {group['groupName']}", what)
         probe = str(group["template"]["spec"]["containers"][0].get("readinessProbe"))
         if f":{port}/-/healthz" not in probe:
             yield Finding(f"{name} {group['groupName']}.readinessProbe", f"does not ask Serve's proxy (:{port}/-/healthz)")

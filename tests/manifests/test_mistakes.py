@@ -118,6 +118,8 @@ MISTAKES = [
     Mistake("serve-on-loopback", ENDPOINT, "spec.serveConfigV2", serve("host: 0.0.0.0", "host: 127.0.0.1"), "loopback"),
     Mistake("serve-on-the-head", ENDPOINT, "spec.serveConfigV2", serve("EveryNode", "HeadOnly"), "is not EveryNode"),
     Mistake("serve-other-port", ENDPOINT, "spec.serveConfigV2", serve("port: 8000", "port: 9000"), "Serve listens on 9000"),
+    Mistake("serve-metrics-elsewhere", ENDPOINT, "spec.serveConfigV2", serve("metrics_port: 8090", "metrics_port: 9000"), "engine-metrics is 8090"),
+    Mistake("serve-metrics-wake-engines", ENDPOINT, "spec.serveConfigV2", serve("metrics_port: 8090\n", "\n"), "args.metrics_port is None"),
     Mistake("serve-too-many-gpus", ENDPOINT, "spec.serveConfigV2", serve("gpus_per_replica: 1", "gpus_per_replica: 4"), "is split over 1"),
     Mistake("serve-too-many-cpus", ENDPOINT, "spec.serveConfigV2", serve("cpus_per_replica: 10", "cpus_per_replica: 64"), "fit on no node"),
     Mistake("serve-of-an-unknown-size", ENDPOINT, "spec.serveConfigV2", serve("gpus_per_replica: 1\n", "\n"), "gpus_per_replica is to be given"),

@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from tests.training.worker_node import SLOW_DISK
+
 VOCABULARY = 300
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -111,7 +113,7 @@ def small_cluster(embedded_home: Path) -> Iterator[Any]:
     from adaptfleet.on_ray.local_cluster import LocalCluster
 
     with (
-        LocalCluster.start(num_cpus=1, env={"ADAPTFLEET_HOME": str(embedded_home)}) as cluster,
+        LocalCluster.start(num_cpus=1, env={"ADAPTFLEET_HOME": str(embedded_home), "PYTHONPATH": str(SLOW_DISK)}) as cluster,
         pytest.MonkeyPatch.context() as patch,
     ):
         for name, value in cluster.env.items():

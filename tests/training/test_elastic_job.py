@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -55,6 +56,7 @@ def wait_for_checkpoint(job: Job, step: int, process: "subprocess.Popen[str]") -
 
 
 def test_nodes_come_and_go(small_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
+    slow_disk = Path(os.environ["ADAPTFLEET_HOME"]) / "slow-disk"
     sections: dict[str, dict[str, Any]] = {
         "train": {"epochs": 1000, "max_steps": 500, "pack_tokens": 512, "packs_per_step": 4, "learning_rate": 0.001},
         "evaluation": {"max_generated_rows": 0, "max_sample_rows": 0},
@@ -74,8 +76,11 @@ def test_nodes_come_and_go(small_cluster: Any, contract: Callable[..., Job], tmp
             try:
                 wait_for_workers(job, 2, process)
                 wait_for_step(job, 30, process)
+                # the worker that writes no checkpoint is ready to leave long before the one that does
+                slow_disk.touch()
                 first.drain(seconds=60)
                 wait_for_workers(job, 1, process)
+                slow_disk.unlink()
                 first.kill()
                 known_at_join = known_checkpoint(job)
                 second = WorkerNode(small_cluster, 1, tmp_path / "second.log")

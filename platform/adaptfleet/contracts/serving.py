@@ -110,6 +110,10 @@ class BaseSpec(Spec):
         return self.served_name or self.model.source.rstrip("/").rsplit("/", 1)[-1].partition("@")[0].lower()
 
 
+_SHARED = ("auth", "tls", "traces_endpoint", "metrics_port", "max_request_bytes", "max_file_bytes")
+"""What is the endpoint's and every base's."""
+
+
 class ServingSpec(BaseSpec):
     """The endpoint and its first base, whose keys are given as if it were the only one."""
 
@@ -121,6 +125,9 @@ class ServingSpec(BaseSpec):
     """HTTPS by Serve's own proxy. None: HTTP, for loopback or behind something that speaks HTTPS."""
     traces_endpoint: str | None = None
     """An OpenTelemetry collector: `http://host:4317` (gRPC), or `http://host:4318/v1/traces`. None: no traces."""
+    metrics_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """A port of each replica's node for its own `/metrics`, with a key as everywhere: a scrape there wakes no engine and keeps none awake.
+    None: the endpoint's `/metrics` alone, which one of the replicas answers."""
     max_request_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
     max_file_bytes: Annotated[int, Field(ge=1024)] = 100 * 1024 * 1024
     """Of one file of `/v1/files`."""
@@ -148,7 +155,7 @@ class ServingSpec(BaseSpec):
 
     def bases(self) -> tuple["ServingSpec", ...]:
         """A spec for each base, as if it were the only one; the first one's first. The embeddings go with that one."""
-        shared = {name: getattr(self, name) for name in ("auth", "tls", "traces_endpoint", "max_request_bytes", "max_file_bytes")}
+        shared = {name: getattr(self, name) for name in _SHARED}
         first = self.model_copy(update={"more_bases": ()})
         return (
             first,

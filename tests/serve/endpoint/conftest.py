@@ -172,6 +172,7 @@ def running_endpoint(root: Path, num_cpus: int = 2, prepare: Callable[[], None] 
             "max_model_len": MAX_LEN,
             "max_request_bytes": MAX_BYTES,
             "cpus_per_replica": 1,
+            "metrics_port": free_port(),
             **settings,
         }
     )
@@ -181,7 +182,7 @@ def running_endpoint(root: Path, num_cpus: int = 2, prepare: Callable[[], None] 
             # Ray reads a process's token once; a test before these may have joined the shared cluster with another
             AuthenticationTokenLoader.instance().reset_cache()
             try:
-                port = _free_port()
+                port = free_port()
                 url = deploy(spec, port=port)
                 yield Endpoint(url, first_key(), root, base, base_revision(base), spec, cluster)
                 undeploy()
@@ -193,7 +194,7 @@ def running_endpoint(root: Path, num_cpus: int = 2, prepare: Callable[[], None] 
         AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     import socket
 
     with socket.socket() as listener:

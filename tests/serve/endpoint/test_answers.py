@@ -161,6 +161,16 @@ def test_metrics_by_model_tenant_and_code(endpoint: Endpoint) -> None:
     assert "nowhere-to-be-found" not in text, "clients' texts are no labels"
 
 
+def test_a_replicas_metrics_have_a_port_and_nothing_else_is_there(endpoint: Endpoint) -> None:
+    own = f"http://127.0.0.1:{endpoint.spec.metrics_port}"
+    key = {"Authorization": f"Bearer {endpoint.key}"}
+    assert "vllm:num_requests_running" in httpx.get(f"{own}/metrics", headers=key).text
+    assert httpx.get(f"{own}/metrics").status_code == 401
+    for path in ("/", "/health", "/v1/models"):
+        assert httpx.get(f"{own}{path}", headers=key).status_code == 404
+    assert httpx.post(f"{own}/v1/completions", headers=key, json={"model": "tiny", "prompt": "x"}).status_code == 404
+
+
 def test_the_key_file_is_private_and_the_key_is_nowhere_else(endpoint: Endpoint) -> None:
     file = endpoint.root / "home" / "client-key"
     for private in (file, file.with_name("api-keys")):

@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 
+import httpx
 import psutil
 import pytest
 
@@ -111,3 +112,5 @@ def test_an_engine_is_struck(fleet: Endpoint, blow: signal.Signals) -> None:
     outcomes = asyncio.run(_struck(fleet, prompts, lambda pid: os.kill(pid, blow)))
     _check(outcomes, prompts, expected)
     await_replicas(fleet, 2)
+    scraped = httpx.get(f"http://127.0.0.1:{fleet.spec.metrics_port}/metrics", headers={"Authorization": f"Bearer {fleet.key}"})
+    assert scraped.status_code == 200, "whichever replica had the port"

@@ -1,10 +1,10 @@
-"""An HTTP server in a replica's own event loop, at a port that the system gives: a token takes no hop between threads here either."""
+"""An HTTP server in a replica's own event loop: a token takes no hop between threads here either."""
 
 import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import uvicorn
@@ -35,12 +35,13 @@ class Listener:
         """`host:port`, as other nodes reach it."""
 
     @classmethod
-    async def open(cls, application: Application) -> "Listener":
-        """Takes connections when this returns. ServingError where it cannot."""
+    async def open(cls, application: Application, port: int = 0, lifespan: Literal["on", "off"] = "on") -> "Listener":
+        """Takes connections when this returns; port 0: one that the system gives. ServingError where it cannot, OSError where the port is taken."""
         bound, told = await _hosts()
         opened = socket.socket()
-        opened.bind((bound, 0))
-        options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "on", "timeout_keep_alive": KEEP_ALIVE_S}
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a replica that ended do not hold its port
+        opened.bind((bound, port))
+        options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": lifespan, "timeout_keep_alive": KEEP_ALIVE_S, "ws": "none"}
         server = _Server(uvicorn.Config(application, loop="none", **options))
         serving = asyncio.get_running_loop().create_task(server.serve(sockets=[opened]))
         while not server.started:
@@ -48,6 +49,10 @@ class Listener:
                 raise ServingError(f"the replica's HTTP server did not start: {serving.exception()}")
             await asyncio.sleep(0.01)
         return cls(server, serving, f"{told}:{opened.getsockname()[1]}")
+
+    async def closed(self) -> None:
+        """When it listens no more."""
+        await self._serving
 
     async def close(self) -> None:
         """Ends when the requests have ended that it had."""

@@ -64,6 +64,7 @@ class EngineReplica:
         from adaptfleet.on_ray.serve.engine import application
         from adaptfleet.on_ray.serve.guard import Guard
         from adaptfleet.on_ray.serve.metered_engine import meter
+        from adaptfleet.on_ray.serve.metrics_port import serve_metrics
         from adaptfleet.on_ray.serve.policy_file import PolicyFile
         from adaptfleet.on_ray.serve.prefetch import Prefetch
         from adaptfleet.on_ray.serve.siblings import Siblings
@@ -107,6 +108,8 @@ class EngineReplica:
         if siblings is not None:
             door.elsewhere = siblings.inside
         self._status = put_beside(door, spec, tenancy, catalog, siblings)
+        if spec.metrics_port is not None:
+            self._metrics = asyncio.create_task(serve_metrics(door, spec.metrics_port))
         await wait_for_proxy()
         return door
 
@@ -144,7 +147,7 @@ class EngineReplica:
         os._exit(_ENGINE_DIED)
 
     async def __del__(self) -> None:
-        for task in (getattr(self, "_watch", None), getattr(self, "_prefetch", None)):
+        for task in (getattr(self, name, None) for name in ("_watch", "_prefetch", "_metrics")):
             if task is not None:
                 task.cancel()
         engine = getattr(self, "_engine", None)

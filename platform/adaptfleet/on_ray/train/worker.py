@@ -36,7 +36,7 @@ from adaptfleet.core.recomputation import recompute_layers, should_recompute
 from adaptfleet.core.sharding import choose_placement, shard, worker_mesh
 from adaptfleet.on_ray.distill.teacher import captures_layers, distillation, end_ids, load_teacher
 from adaptfleet.on_ray.published_models import at_hand
-from adaptfleet.on_ray.train.failures import PreemptedError
+from adaptfleet.on_ray.train.failures import leave
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
 from adaptfleet.on_ray.train.run_folder import RunFolder
 from adaptfleet.on_ray.train.samples import write_after, write_before
@@ -58,8 +58,9 @@ def train(config: dict[str, Any]) -> None:
 
 class _FinetuneWorker:
     def __init__(self, job: FinetuneJob, folder: RunFolder, num_cpus: int) -> None:
-        torch.set_num_threads(min(num_cpus, os.cpu_count() or 1))
         context = ray.train.get_context()
+        # Pods of a dev cluster promise one machine's cores several times over; threads without a core of theirs cost several times their work.
+        torch.set_num_threads(max(1, min(num_cpus, (os.cpu_count() or 1) // context.get_local_world_size())))
         self.job = job
         self.folder = folder
         self.facts = folder.read_json("facts.json") or {}
@@ -252,7 +253,7 @@ class _FinetuneWorker:
         )
         if preempted:
             self._say(phase="leaving a preempted node, all saved,")
-            raise PreemptedError(f"preempted after step {self.trainer.step}; nothing is lost")
+            leave(self.trainer.step)
 
     def _finish(self) -> None:
         """The trained part on disk, and the merged model where that is what will be published."""

@@ -9,7 +9,7 @@ import yaml
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.on_ray.kuberay.clusters import desired_pods, spec_hash, surplus
 from adaptfleet.on_ray.kuberay.manifests import admitted, plural_of, read_manifests
-from adaptfleet.on_ray.kuberay.pod_commands import MissingReferenceError, container_env
+from adaptfleet.on_ray.kuberay.pod_commands import ClusterPorts, MissingReferenceError, container_env, head_argv, with_redis_login
 
 HERE = Path(__file__).parent
 
@@ -98,6 +98,17 @@ def test_variables_of_a_container() -> None:
     container["envFrom"][0]["configMapRef"]["name"] = "missing"
     with pytest.raises(MissingReferenceError, match="missing"):
         container_env(pod, lambda plural, name: kept.get((plural, name)))
+
+
+def test_a_head_is_told_how_to_log_in_at_redis() -> None:
+    secret = {"valueFrom": {"secretKeyRef": {"name": "redis", "key": "password"}}}
+    cluster = {"spec": {"gcsFaultToleranceOptions": {"backend": "redis", "redisAddress": "redis:6379", "redisPassword": secret}}}
+    pod = {"metadata": {"name": "head", "namespace": "n", "uid": "u"}, "spec": {"containers": [{"name": "ray-head"}]}}
+    env = container_env(with_redis_login(pod, cluster), lambda plural, name: {"data": {"password": "c2VjcmV0"}})
+    assert env == {"REDIS_PASSWORD": "secret"}
+    node = {"resources": {"CPU": 0}, "labels": {}}
+    assert "--redis-password=secret" in head_argv({}, node, ClusterPorts(1, 2, 3, 4), Path("ray"), env)
+    assert "env" not in pod["spec"]["containers"][0]
 
 
 def test_files_that_are_no_manifests(tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def _exported() -> set[str]:
     scaling = (_folder_of("ray") / "serve" / "_private" / "deployment_state.py").read_text(encoding="utf-8")
     training = (ROOT / "platform/adaptfleet/on_ray/train/cluster_metrics.py").read_text(encoding="utf-8")
     bases: set[str] = {f"autoscaler_{name}" for name in re.findall(r"_prom_metrics\.([a-z_]+)", autoscaler)}
-    bases |= set(re.findall(r'"(ray_node_[a-z_]+)"', usage)) | {f"ray_{name}" for name in re.findall(r'"(serve_autoscaling_[a-z_]+)"', scaling)}
+    bases |= set(re.findall(r'"(ray_node_[a-z_]+)"', usage))
+    bases |= {f"ray_{name}" for name in re.findall(r'"(serve_autoscaling_[a-z_]+)"', scaling)}
     bases |= set(re.findall(r'"(vllm:[a-z_]+)"', engine)) | set(re.findall(r'"(adaptfleet_[a-z_]+)"', ours))
     bases |= {f"ray_adaptfleet_training_{name}" for name in re.findall(r'^    "([a-z_]+)": "', training, re.MULTILINE)}
     for base in bases:

@@ -32,7 +32,13 @@ while True:
 
 class WorkerNode:
     def __init__(self, cluster: Any, num_cpus: int, log: Path) -> None:
-        self._env = {**os.environ, **cluster.env, "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "90", "PYTHONPATH": str(SLOW_DISK)}
+        self._env = {
+            **os.environ,
+            **cluster.env,
+            "RAY_worker_niceness": "0",
+            "RAY_raylet_start_wait_time_s": "90",
+            "PYTHONPATH": str(SLOW_DISK),
+        }
         command = [sys.executable, "-c", _NODE, cluster.address, str(num_cpus)]
         with log.open("wb") as out:
             self._process = subprocess.Popen(command, env=self._env, stdout=subprocess.PIPE, stderr=out, text=True, start_new_session=True)

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 _STORAGE = "ray.train.v2._internal.execution.storage"
@@ -27,7 +28,7 @@ class _OnceImported(importlib.abc.MetaPathFinder):
             stores = module.StorageContext.persist_current_checkpoint
 
             def stores_slowly(*args: Any) -> Any:
-                if os.path.exists(os.path.join(os.environ["ADAPTFLEET_HOME"], "slow-disk")):
+                if (Path(os.environ["ADAPTFLEET_HOME"]) / "slow-disk").exists():
                     time.sleep(2.0)
                 return stores(*args)
 

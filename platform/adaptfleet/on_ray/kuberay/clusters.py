@@ -30,6 +30,7 @@ from adaptfleet.on_ray.kuberay.pod_commands import (
     container_env,
     head_argv,
     ray_env,
+    with_redis_login,
     worker_argv,
 )
 from adaptfleet.on_ray.kuberay.pods import Pods
@@ -182,7 +183,8 @@ class Clusters:
     def _start(self, cluster: Object, pod: Object) -> None:
         meta, group_name = pod["metadata"], _group(pod)
         try:
-            env = container_env(pod, lambda plural, name: self._objects.find(plural, meta["namespace"], name))
+            made = with_redis_login(pod, cluster) if group_name == HEAD_GROUP else pod
+            env = container_env(made, lambda plural, name: self._objects.find(plural, meta["namespace"], name))
         except MissingReferenceError as error:
             self._pods.set_waiting(pod, "CreateContainerConfigError", str(error))
             return
@@ -198,7 +200,7 @@ class Clusters:
             ray_folder = self._place.folder / self._ray_folder(cluster)
             # Workers that outlived the head name its address, which Ray takes for a head that runs, were it not for this file (2.60).
             (ray_folder / "ray_current_cluster").unlink(missing_ok=True)
-            argv = head_argv(group, node, ports, ray_folder)
+            argv = head_argv(group, node, ports, ray_folder, env)
         else:
             # Of its own: two nodes that start at once would take the same names for their sockets.
             argv = worker_argv(group, node, ports, self._place.folder / "w" / meta["name"][-5:])

@@ -1,6 +1,7 @@
 """What a Ray pod runs here: the operator's `ray start`, with loopback addresses and this bed's ports and folder in place of a pod's own."""
 
 import base64
+import copy
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -45,8 +46,12 @@ class ClusterPorts:
         return {"gcs-server": str(self.gcs), "dashboard": str(self.dashboard), "client": str(self.client), "serve": str(self.serve)}
 
 
-def head_argv(group: Object, node: Object, ports: ClusterPorts, ray_folder: Path) -> list[str]:
-    """`node` is the group as Ray's autoscaler reads it: resources and labels."""
+_REDIS_LOGIN = {"REDIS_USERNAME": ("redisUsername", "redis-username"), "REDIS_PASSWORD": ("redisPassword", "redis-password")}
+"""Variables of a head's pod: where the manifest has them, and how `ray start` is told."""
+
+
+def head_argv(group: Object, node: Object, ports: ClusterPorts, ray_folder: Path, env: Mapping[str, str]) -> list[str]:
+    """`node` is the group as Ray's autoscaler reads it: resources and labels. `env` is the pod's."""
     argv = [
         *ray_command(),
         "start",
@@ -59,6 +64,7 @@ def head_argv(group: Object, node: Object, ports: ClusterPorts, ray_folder: Path
     ]
     argv += [f"--port={ports.gcs}", f"--dashboard-port={ports.dashboard}", f"--ray-client-server-port={ports.client}"]
     argv += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--temp-dir={ray_folder}"]
+    argv += [f"--{option}={env[name]}" for name, (_, option) in _REDIS_LOGIN.items() if name in env]
     return argv + _node_arguments(group, node)
 
 
@@ -131,12 +137,19 @@ def ray_env(cluster: Object, group_name: str, pod_name: str, serve_port: int, fo
 def _storage_env(tolerance: Object, uid: str, folder: Path) -> dict[str, str]:
     if tolerance.get("backend") == "rocksdb":
         return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / "gcs" / uid)}
-    env = {
+    return {
         "RAY_REDIS_ADDRESS": tolerance["redisAddress"],
         "RAY_external_storage_namespace": tolerance.get("externalStorageNamespace") or uid,
     }
-    password = tolerance.get("redisPassword", {}).get("value")
-    return env | ({"RAY_REDIS_PASSWORD": password, "REDIS_PASSWORD": password} if password else {})
+
+
+def with_redis_login(pod: Object, cluster: Object) -> Object:
+    """The head's pod as the operator makes it of `gcsFaultToleranceOptions`, with what Redis asks for in its environment."""
+    tolerance = cluster["spec"].get("gcsFaultToleranceOptions") or {}
+    login = [{"name": name, **tolerance[key]} for name, (key, _) in _REDIS_LOGIN.items() if key in tolerance]
+    made = copy.deepcopy(pod)
+    made["spec"]["containers"][0].setdefault("env", []).extend(login)
+    return made
 
 
 class MissingReferenceError(Exception):

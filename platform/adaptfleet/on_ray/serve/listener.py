@@ -36,12 +36,18 @@ class Listener:
 
     @classmethod
     async def open(cls, application: Application, port: int = 0, lifespan: Literal["on", "off"] = "on") -> "Listener":
-        """Takes connections when this returns; port 0: one that the system gives. ServingError where it cannot, OSError where the port is taken."""
+        """Takes connections when this returns. Port 0: one that the system gives. ServingError, or OSError where the port is taken."""
         bound, told = await _hosts()
         opened = socket.socket()
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a replica that ended do not hold its port
         opened.bind((bound, port))
-        options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": lifespan, "timeout_keep_alive": KEEP_ALIVE_S, "ws": "none"}
+        options: dict[str, Any] = {
+            "log_config": None,
+            "access_log": False,
+            "lifespan": lifespan,
+            "timeout_keep_alive": KEEP_ALIVE_S,
+            "ws": "none",
+        }
         server = _Server(uvicorn.Config(application, loop="none", **options))
         serving = asyncio.get_running_loop().create_task(server.serve(sockets=[opened]))
         while not server.started:

@@ -23,7 +23,9 @@ async def serve_metrics(door: Application, port: int) -> None:
             if error.errno != errno.EADDRINUSE:
                 raise
             if not has_said:
-                log.warning("metrics_port %d of this node is taken; this replica's /metrics are at the endpoint alone until it is free.", port)
+                log.warning(
+                    "metrics_port %d of this node is taken: until it is free, /metrics of this replica are at the endpoint alone.", port
+                )
             has_said = True
             await asyncio.sleep(_RETRY_S)
         else:

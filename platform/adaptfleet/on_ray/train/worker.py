@@ -59,7 +59,7 @@ def train(config: dict[str, Any]) -> None:
 class _FinetuneWorker:
     def __init__(self, job: FinetuneJob, folder: RunFolder, num_cpus: int) -> None:
         context = ray.train.get_context()
-        # Pods of a dev cluster promise one machine's cores several times over; threads without a core of theirs cost several times their work.
+        # Pods of a dev cluster promise one machine's cores several times over, and threads without a core of theirs cost a multiple.
         torch.set_num_threads(max(1, min(num_cpus, (os.cpu_count() or 1) // context.get_local_world_size())))
         self.job = job
         self.folder = folder

@@ -25,6 +25,14 @@ from adaptfleet.on_ray.train.start import imported
 logger = logging.getLogger(__name__)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Did not detect any changes")
+
+
+# Every look at the cluster would be a line of the job's output, where people look for its steps.
+logging.getLogger(ElasticScalingPolicy.__module__).addFilter(_is_news)
+
+
 def make_ready(job: str, needs_bitsandbytes: bool) -> None:
     """On a joined node: what a worker's start would wait for. Fetches the base and reads it once, imports what training needs."""
     # what libraries say of themselves while Python ends is nothing for the run's log

@@ -12,11 +12,13 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 WORKDIR /app
 RUN python -m venv --copies .venv
 COPY requirements/cpu.lock k8s/images/left-out.txt ./
-# The lock is complete, so nothing is resolved. torch may come from another index than the rest.
+# The lock is complete, so nothing is resolved. torch may come from another index than the rest. triton (1 GB) is there because xgrammar names it
+# for its GPU kernels; without it xgrammar, torch and vLLM do on a CPU what they do with it.
 RUN grep -vE '^(#|$)' cpu.lock | awk -F'==' 'NR == FNR { out[$1] = 1; next } !($1 in out)' left-out.txt - > wanted.txt \
     && grep '^torch==' wanted.txt > torch.txt && grep -v '^torch==' wanted.txt > rest.txt \
     && .venv/bin/pip install --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt \
     && .venv/bin/pip install --no-deps -r rest.txt \
+    && rm -rf .venv/lib/python3*/site-packages/triton \
     && find .venv -depth -type d \( -name __pycache__ -o -name tests -path '*/torch/*' \) -exec rm -rf {} +
 COPY pyproject.toml README.md LICENSE ./
 COPY platform platform

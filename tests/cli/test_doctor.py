@@ -8,6 +8,7 @@ import pytest
 
 from adaptfleet.cli import doctor, main
 from adaptfleet.cli.doctor import Finding, cgroup_cpus, cpu_finding
+from adaptfleet.on_ray.cluster import ingress
 
 FLAGS = "processor : 0\nflags\t\t: fpu sse2 {}\n"
 
@@ -72,6 +73,12 @@ def test_a_home_that_cannot_be_written_is_impossible(
     assert doctor.home_folder().verdict == "impossible"
     assert main(["doctor"]) == 1
     assert "impossible here: ADAPTFLEET_HOME" in capsys.readouterr().out
+
+
+def test_few_open_files_are_slow_and_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "files_allowed", lambda: 1024)
+    finding = doctor.open_files()
+    assert finding.verdict == "slow" and "1,024" in finding.value and "ulimit" in finding.advice
 
 
 def test_only_the_impossible_fails(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

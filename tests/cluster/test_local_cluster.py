@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from adaptfleet.contracts.errors import AdaptfleetError, TrainingError
+from adaptfleet.on_ray.cluster import launch
+from adaptfleet.on_ray.cluster.ingress import USE_HAPROXY
 from adaptfleet.on_ray.cluster.processes import MARKER, ProcessId, end_cluster, members, wait_gone
 from adaptfleet.on_ray.cluster.submission import ray_command
 from adaptfleet.on_ray.local_cluster import LocalCluster
@@ -138,6 +140,24 @@ def test_it_ends_with_its_owner(tmp_path: Path) -> None:
         assert LocalCluster.attach(record_file) is None
     finally:
         LocalCluster.clear(record_file)
+
+
+def test_what_went_wrong_is_said_by_a_process_that_had_joined() -> None:
+    """Ray aborts a process whose cluster ends before it left; it says nothing of its own then."""
+    script = (
+        "import os\nfrom adaptfleet.on_ray.local_cluster import LocalCluster\n"
+        "with LocalCluster.start(num_cpus=1) as cluster:\n    os.environ.update(cluster.env)\n    import ray\n    ray.init()\n"
+        "    raise SystemExit('the reason' if ray.is_initialized() else 'not joined')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=400, check=False)
+    assert ended.returncode == 1 and "the reason" in ended.stderr and "Failed to connect to GCS" not in ended.stderr, ended.stderr
+
+
+def test_where_few_files_may_be_open_haproxy_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch, "files_allowed", lambda: 1024)
+    assert launch._cluster_env(tmp_path, "marker", {})[USE_HAPROXY] == "0"
+    monkeypatch.setattr(launch, "files_allowed", lambda: 65536)
+    assert launch._cluster_env(tmp_path, "marker", {})[USE_HAPROXY] == "1"
 
 
 def test_a_long_folder_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -47,7 +47,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(port: int) -> list[Finding]:
-    return [python(), cores(), memory(), disk(), accelerator(), compiler(), versions(), home_folder(), port_free(port)]
+    return [python(), cores(), memory(), disk(), accelerator(), open_files(), compiler(), versions(), home_folder(), port_free(port)]
+
+
+def open_files() -> Finding:
+    from adaptfleet.on_ray.cluster.ingress import FILES_NEEDED, files_allowed
+
+    allowed = files_allowed()
+    value = f"{allowed:,} at once"
+    if allowed < FILES_NEEDED:
+        advice = (
+            f"HAProxy needs {FILES_NEEDED:,}: the endpoint streams through Ray Serve's own proxy instead, which is slower and does not know "
+            "where an adapter is. Raise it: `ulimit -n 65536` as root, LimitNOFILE of a service, --ulimit nofile=65536 of a container."
+        )
+        return Finding("open files", value, "slow", advice)
+    return Finding("open files", value)
 
 
 def python() -> Finding:

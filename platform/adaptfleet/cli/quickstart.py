@@ -65,9 +65,6 @@ def run(args: argparse.Namespace) -> int:
     with cluster:
         results, answers = _road(cluster, repository, clock, endpoint_cores)
         with clock.phase("stop", "stopping"):
-            import ray
-
-            ray.shutdown()
             cluster.stop()
     results |= {"total_s": round(clock.total_s, 1), "phases_s": clock.phases_s, "machine": _machine(cores)}
     _write(results, answers, args.results or repository / "bench" / "results")

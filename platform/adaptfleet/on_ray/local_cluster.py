@@ -131,6 +131,7 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Ends every process of this cluster and no other, and removes its folder. A second call does nothing."""
+        self._leave()
         left = end_cluster(self._record.leader, self._record.marker)
         if self._process is not None:
             # It has ended: this takes its exit status, so that it does not stay in the process table.
@@ -143,6 +144,13 @@ class LocalCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._record_file is not None:
             remove_record(self._record_file, self._record.marker)
+
+    def _leave(self) -> None:
+        """Where this process has joined the cluster: one that is still joined when it ends waits a minute for it and is then aborted by
+        Ray, whatever it had to say."""
+        ray = sys.modules.get("ray")
+        if ray is not None and ray.is_initialized() and ray.get_runtime_context().gcs_address == self.address:
+            ray.shutdown()
 
     def _keep_logs(self, place: Path) -> None:
         logs = self.folder / RAY_FOLDER / "session_latest" / "logs"

@@ -6,13 +6,23 @@ Serve reads these variables once, when it is imported, in the controller, the pr
 
 import json
 import random
+import resource
 import socket
+import sys
 from pathlib import Path
 
+FILES_NEEDED = 10_300
+"""HAProxy does not start where it may not open so many: two for each of the connections that Serve has it take (Ray 2.60)."""
 USE_HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 _REPLICA_PORTS = range(10_000, 30_000, 1_000)
 """Below the system's ephemeral ports. A cluster begins at one of these; Serve steps over ports that others took."""
 _HAPROXY = "haproxy"
+
+
+def files_allowed() -> int:
+    """How many files a process of this machine may open at most: what `ulimit -Hn` says."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def has_ingress(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adaptfleet.contracts.errors import AdaptfleetError
-from adaptfleet.on_ray.cluster.ingress import USE_HAPROXY, has_ingress, ingress_env
+from adaptfleet.on_ray.cluster.ingress import FILES_NEEDED, USE_HAPROXY, files_allowed, has_ingress, ingress_env
 from adaptfleet.on_ray.cluster.processes import MARKER, ProcessId, end_cluster
 from adaptfleet.on_ray.cluster.record import ClusterRecord
 from adaptfleet.on_ray.cluster.submission import ray_command
@@ -139,7 +139,7 @@ def _cluster_env(folder: Path, marker: str, env: Mapping[str, str]) -> dict[str,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(int(_START_TIMEOUT_S)),
         "RAY_gcs_server_port_wait_time_s": "120",
-        **({} if env.get(USE_HAPROXY) == "0" else ingress_env(folder)),
+        **({} if env.get(USE_HAPROXY) == "0" or files_allowed() < FILES_NEEDED else ingress_env(folder)),
         **env,
         **client_env(folder),
         MARKER: marker,

@@ -57,7 +57,7 @@ def open_files() -> Finding:
     value = f"{allowed:,} at once"
     if allowed < FILES_NEEDED:
         advice = (
-            f"HAProxy needs {FILES_NEEDED:,}: the endpoint streams through Ray Serve's own proxy instead, which is slower and does not know "
+            f"HAProxy needs {FILES_NEEDED:,}: the endpoint streams through Ray Serve's own proxy instead, which is slower and knows not "
             "where an adapter is. Raise it: `ulimit -n 65536` as root, LimitNOFILE of a service, --ulimit nofile=65536 of a container."
         )
         return Finding("open files", value, "slow", advice)

@@ -42,7 +42,7 @@ def test_an_adapters_requests_go_where_it_is_loaded(fleet: Endpoint) -> None:
                     outcome = await ask(client, Outcome(), name, "Where? ", 4)
                     assert outcome.finished, outcome
                     homes.setdefault(name, set()).add(outcome.replica)
-                    await asyncio.sleep(0.1)  # requests in quick succession may spread: until the next report they count as load
+                    await asyncio.sleep(0.25)  # requests in quick succession may spread: until the next report they count as load
             return homes
 
     homes = asyncio.run(main())
@@ -75,13 +75,14 @@ def _answers(fleet: Endpoint, prompts: list[str], num_tokens: int) -> dict[str, 
 async def _struck(fleet: Endpoint, prompts: list[str], strike: Callable[[int], None]) -> list[Outcome]:
     """Eight long answers, four of them on each engine, and more requests waiting behind them, when one engine is struck: once each engine
     has an answer on its way."""
+    victim = engine_pids(fleet)[0]  # to be found before: in the time that it takes an engine gives a whole answer
     async with client_of(fleet) as client:
         outcomes = [Outcome() for _ in prompts]
         tasks = [asyncio.create_task(ask(client, outcome, "tiny", prompt, LONG)) for outcome, prompt in zip(outcomes, prompts, strict=True)]
         async with asyncio.timeout(60):
             while len({outcome.replica for outcome in outcomes if outcome.text and not outcome.finished}) < 2:
                 await asyncio.sleep(0.005)
-        strike(engine_pids(fleet)[0])
+        strike(victim)
         after = await asyncio.gather(*(ask(client, Outcome(), "tiny", "After. ", SHORT) for _ in range(4)))
         await asyncio.gather(*tasks)
     assert all(outcome.finished and not outcome.error for outcome in after), after

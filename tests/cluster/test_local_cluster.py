@@ -142,15 +142,15 @@ def test_it_ends_with_its_owner(tmp_path: Path) -> None:
         LocalCluster.clear(record_file)
 
 
-def test_what_went_wrong_is_said_by_a_process_that_had_joined() -> None:
-    """Ray aborts a process whose cluster ends before it left; it says nothing of its own then."""
+def test_its_end_parts_this_process_from_it() -> None:
+    """Ray aborts a process that is still joined a minute after its cluster's end, whatever it had to say."""
     script = (
         "import os\nfrom adaptfleet.on_ray.local_cluster import LocalCluster\n"
         "with LocalCluster.start(num_cpus=1) as cluster:\n    os.environ.update(cluster.env)\n    import ray\n    ray.init()\n"
-        "    raise SystemExit('the reason' if ray.is_initialized() else 'not joined')\n"
+        "raise SystemExit('still joined' if ray.is_initialized() else 'parted')\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=400, check=False)
-    assert ended.returncode == 1 and "the reason" in ended.stderr and "Failed to connect to GCS" not in ended.stderr, ended.stderr
+    assert ended.returncode == 1 and "parted" in ended.stderr, ended.stderr
 
 
 def test_where_few_files_may_be_open_haproxy_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class Listener:
         opened = socket.socket()
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a replica that ended do not hold its port
         opened.bind((bound, port))
+        opened.listen()  # two sockets may be bound to one port while neither listens
         options: dict[str, Any] = {
             "log_config": None,
             "access_log": False,

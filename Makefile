@@ -36,10 +36,10 @@ check-k8s: setup  ## every Kubernetes overlay against schemas, the operator's an
 	$(BIN)/python -m k8s.validation
 
 test: setup  ## all tests but the slow ones
-	$(PYTEST) -m "not slow and not gpu"
+	$(BIN)/python tests/lanes.py "not slow and not gpu"
 
 test-slow: setup  ## the slow tests
-	$(PYTEST) -m "slow and not gpu"
+	$(BIN)/python tests/lanes.py "slow and not gpu"
 
 test-all: test test-slow  ## both
 

@@ -36,16 +36,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results" / "compress.json"
 WORK = REPOSITORY / "build" / "bench-compress"
 PIECE_CHARS = 1500
-NUM_OTHER_PIECES, NUM_GENERAL_PIECES = 64, 192
+NUM_OTHER_PIECES, NUM_GENERAL_PIECES = 64, 600
+DOCUMENTED = ("numpy", "scipy", "pandas", "torch/nn", "transformers", "ray/data")
 NUM_CALIBRATION, NUM_SCORED, NUM_PARITY_ROWS, ROUNDS = 32, 16, 8, 3
-PRUNE = {"kind": "prune", "mlp_width": 0.2, "refit": True}
+PRUNE = {"kind": "prune", "mlp_width": 0.25, "refit": True}
 RECOVER = {
     "kind": "recover",
-    "method": {"kind": "lora", "rank": 32, "alpha": 64},
-    "objective": {"kind": "distill", "teacher": {"source": "smollm2-135m"}, "alpha": 0.5},
+    "method": {"kind": "lora", "rank": 64, "alpha": 128},
+    "objective": {"kind": "distill", "teacher": {"source": "smollm2-135m"}, "alpha": 0.9},
     "train": {
         "epochs": 1,
-        "max_steps": 100,
+        "max_steps": 400,
         "pack_tokens": 512,
         "packs_per_step": 1,
         "learning_rate": 1e-3,
@@ -121,9 +122,10 @@ def texts() -> dict[str, Path]:
 
 
 def docstrings() -> list[str]:
-    """Evenly from the standard library's modules."""
+    """Evenly from the standard library's modules and those of well documented packages."""
     found: list[str] = []
-    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+    roots = [Path(sysconfig.get_paths()["stdlib"]), *(Path(sysconfig.get_paths()["purelib"]) / name for name in DOCUMENTED)]
+    for file in (file for root in roots for file in sorted(root.glob("*.py") if root == roots[0] else root.rglob("*.py"))):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
         found += pieces("\n\n".join(text for node in nodes if (text := ast.get_docstring(node))))
@@ -135,11 +137,13 @@ def recipe_job(name: str) -> Any:
     from adaptfleet.contracts.loading import parse_contract
 
     files = texts()
+    # a parent's general knowledge is what pruning costs most
+    recovery = mixed(files, general=3.0)
     values = {
         "model": {"source": second_base(files) if name.startswith("second_base") else "smollm2-135m"},
         "run": name.replace("_", "-"),
         "calibration": {"data": mixed(files), "num_rows": NUM_CALIBRATION},
-        "steps": RECIPES[name],
+        "steps": [{**step, "data": recovery} if step is RECOVER else step for step in RECIPES[name]],
         "proof": {
             "in_domain": {"train": str(files["train"]), "test": str(files["test"])},
             "out_of_domain": {"train": str(files["other"]), "test": str(files["other_test"])},
@@ -150,9 +154,10 @@ def recipe_job(name: str) -> Any:
     return parse_contract(CompressJob, yaml.safe_dump(values))
 
 
-def mixed(files: dict[str, Path]) -> dict[str, Any]:
-    """Text of the domain and general text, as much of the one as of the other."""
-    return {"mixture": [{"source": str(files["train"])}, {"source": str(files["general"])}], "test": str(files["test"])}
+def mixed(files: dict[str, Path], general: float = 1.0) -> dict[str, Any]:
+    """Text of the domain, and so many times as much general text."""
+    sources = [{"source": str(files["train"])}, {"source": str(files["general"]), "weight": general}]
+    return {"mixture": sources, "test": str(files["test"])}
 
 
 def measure_quality(name: str) -> dict[str, Any]:

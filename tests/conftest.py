@@ -24,6 +24,18 @@ for _name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "ADAPTFLEET_STORE", "ADAP
 os.environ["ADAPTFLEET_HOME"] = str(TEST_HOME)
 
 
+_CLUSTER_FOLDERS = {"cluster", "kuberay", "endpoint", "fleet", "several"}
+_CLUSTER_FIXTURES = {"local_cluster", "small_cluster"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what runs a cluster, for tests/lanes.py."""
+    for item in items:
+        if item.path.parent.name in _CLUSTER_FOLDERS or _CLUSTER_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.clusters)
+
+
 def _link_models(home: Path) -> Path:
     """Gives `home` the embedded model, made on the first run and shared by hard links after it."""
     from adaptfleet.core.models.embedded import embedded_model

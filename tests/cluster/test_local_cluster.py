@@ -153,6 +153,16 @@ def test_its_end_parts_this_process_from_it() -> None:
     assert ended.returncode == 1 and "parted" in ended.stderr, ended.stderr
 
 
+def test_a_process_joins_one_cluster_after_another() -> None:
+    """Each has a token of its own."""
+    script = (
+        "from adaptfleet.on_ray.joining import connected, joined_cluster\n"
+        "for _ in range(2):\n    with joined_cluster(), connected():\n        import ray\n        print(len(ray.nodes()), 'joined')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=400, check=False)
+    assert ended.stdout.count("1 joined") == 2, ended.stderr
+
+
 def test_where_few_files_may_be_open_haproxy_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launch, "files_allowed", lambda: 1024)
     assert launch._cluster_env(tmp_path, "marker", {})[USE_HAPROXY] == "0"

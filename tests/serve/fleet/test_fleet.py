@@ -5,7 +5,6 @@ import contextlib
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable
 
 import httpx
 import psutil
@@ -72,17 +71,31 @@ def _answers(fleet: Endpoint, prompts: list[str], num_tokens: int) -> dict[str, 
     return asyncio.run(main())
 
 
-async def _struck(fleet: Endpoint, prompts: list[str], strike: Callable[[int], None]) -> list[Outcome]:
-    """Eight long answers, four of them on each engine, and more requests waiting behind them, when one engine is struck: once each engine
-    has an answer on its way."""
+async def _held(outcomes: list[Outcome], victim: int) -> None:
+    """Until the victim, stopped for as long as one looks, holds an answer that its client has the beginning of. A client can be behind by a
+    whole answer where engines and clients share two cores: that it reads an answer does not show that one is being made."""
+    while True:
+        await asyncio.sleep(0.005)
+        if len({outcome.replica for outcome in outcomes if outcome.text and not outcome.finished}) < 2:
+            continue
+        os.kill(victim, signal.SIGSTOP)
+        await asyncio.sleep(0.5)  # what was on its way arrives
+        before = [len(outcome.text) for outcome in outcomes]
+        await asyncio.sleep(0.5)
+        if any(length and length == len(outcome.text) and not outcome.finished for length, outcome in zip(before, outcomes, strict=True)):
+            return
+        os.kill(victim, signal.SIGCONT)
+
+
+async def _struck(fleet: Endpoint, prompts: list[str], blow: signal.Signals) -> list[Outcome]:
+    """Eight long answers, four of them on each engine, and more requests waiting behind them, when one engine is struck."""
     victim = engine_pids(fleet)[0]  # to be found before: in the time that it takes an engine gives a whole answer
     async with client_of(fleet) as client:
         outcomes = [Outcome() for _ in prompts]
         tasks = [asyncio.create_task(ask(client, outcome, "tiny", prompt, LONG)) for outcome, prompt in zip(outcomes, prompts, strict=True)]
         async with asyncio.timeout(60):
-            while len({outcome.replica for outcome in outcomes if outcome.text and not outcome.finished}) < 2:
-                await asyncio.sleep(0.005)
-        strike(victim)
+            await _held(outcomes, victim)
+        os.kill(victim, blow)
         after = await asyncio.gather(*(ask(client, Outcome(), "tiny", "After. ", SHORT) for _ in range(4)))
         await asyncio.gather(*tasks)
     assert all(outcome.finished and not outcome.error for outcome in after), after
@@ -110,7 +123,7 @@ def test_an_engine_is_struck(fleet: Endpoint, blow: signal.Signals) -> None:
     await_replicas(fleet, 2)
     prompts = [f"Tell me of number {i}: " for i in range(24)]
     expected = _answers(fleet, prompts, LONG)
-    outcomes = asyncio.run(_struck(fleet, prompts, lambda pid: os.kill(pid, blow)))
+    outcomes = asyncio.run(_struck(fleet, prompts, blow))
     _check(outcomes, prompts, expected)
     await_replicas(fleet, 2)
     scraped = httpx.get(f"http://127.0.0.1:{fleet.spec.metrics_port}/metrics", headers={"Authorization": f"Bearer {fleet.key}"})

@@ -29,11 +29,16 @@ class ProgressTeller:
         self._thread.join()
 
     def _follow(self) -> None:
-        told, told_at = "", 0.0
-        while not self._done.wait(0.5):
+        told, told_at, settings = "", 0.0, ""
+        done = False
+        while not done:
+            done = self._done.wait(0.5)
             progress = self._folder.read_json("progress.json")
             if progress is None:
                 continue
+            if progress.get("settings") not in (None, "", settings):  # at the start, and where other workers go on
+                settings = progress["settings"]
+                sys.stdout.write(f"\r\x1b[K{settings}\n" if self._in_terminal else f"{settings}\n")
             line = progress_line(progress)
             phase_changed = line.partition(" step ")[0] != told.partition(" step ")[0]
             if line != told and (self._in_terminal or phase_changed or time.monotonic() - told_at >= LOG_INTERVAL_S):
@@ -52,6 +57,4 @@ def progress_line(progress: dict[str, Any]) -> str:
     if "loss" in progress:
         minutes, seconds = divmod(round(progress["seconds_left"]), 60)
         line += f" loss {progress['loss']:.3f}, {progress['tokens_per_s']:.0f} tokens/s, {minutes}:{seconds:02} left"
-    elif "compile_reason" in progress:
-        line += f" layers {'compiled' if progress['compiled'] else 'not compiled'}: {progress['compile_reason']}"
     return line

@@ -74,6 +74,7 @@ class _FinetuneWorker:
         self.answers: list[str] = []
         self.plan = folder.read_plan()
         self.segment = folder.read_segment()
+        self.settings = ""
         self.until = min(self.segment.until, len(self.plan.steps)) if self.segment else len(self.plan.steps)
         # A base that may be sharded need not fit the device whole: its layers come there one by one.
         self.loads_on = torch.device("cpu") if self.num_workers > 1 and job.cluster.shard != "ddp" else device()
@@ -165,7 +166,8 @@ class _FinetuneWorker:
             log.write("start", self.trainer.step, {"num_workers": self.num_workers, **cost})
         evaluated = {round(num_steps * (i + 1) / self.job.evaluation.times) for i in range(self.job.evaluation.times)} | {self.until}
         reason = f"{self.compile_reason}; {self.placement.mode}: {self.placement.reason}; {self.recompute_reason}"
-        self._say(phase="training", compiled=self.compiled, compile_reason=reason)
+        self.settings = f"layers {'compiled' if self.compiled else 'not compiled'}: {reason}"
+        self._say(phase="training")
         num_tokens, seconds, began = 0, 0.0, time.perf_counter()
         for result in self.trainer.run(self.until):
             num_tokens += result.num_tokens
@@ -290,4 +292,4 @@ class _FinetuneWorker:
     def _say(self, **values: Any) -> None:
         if self.is_first:
             place = {"step": self.trainer.step, "num_steps": len(self.plan.steps), "pid": os.getpid(), "cpu_s": time.process_time()}
-            self.folder.write_json("progress.json", {**place, **values})
+            self.folder.write_json("progress.json", {**place, "settings": self.settings, **values})

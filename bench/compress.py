@@ -4,8 +4,8 @@
 
 Each artifact is one recipe of jobs/compress.py. `quality` makes it and measures bytes and perplexity; `speed` measures it in the engine,
 its parent before and after it in the same call, and wants a machine without other work. What was measured is kept in
-build/bench-compress, so the whole can be run in pieces, with `--only`, and goes on where it stopped. bench/results/compress.json is written
-from whatever is there.
+build/bench-compress, so the whole can be run in pieces, with `--only`, and goes on where it stopped. bench/results/compress.json keeps the
+rows that it has of what is not measured again.
 
 Text: `train`, of calibration and recovery, is the language reference that comes with Python (pydoc_data.topics), of which every eighth
 piece is held out (in-domain). `general`, which recipes mix in, are docstrings of the standard library. Out-of-domain are the descriptions
@@ -264,7 +264,14 @@ def measure_speeds(names: list[str]) -> None:
             engines[name] = vars(engine_proof(Path(quality[name]["folders"][1]), "bfloat16", rows, 1, rounds))
         after = vars(engine_proof(Path(parent), "bfloat16", rows, 1, rounds)) if len(mine) > 1 else before
         for name, engine in engines.items():
-            kept("speed", name).write_text(json.dumps({"parent": [before, after], "result": engine}, indent=1))
+            kept("speed", name).write_text(json.dumps({"machine": machine(), "parent": [before, after], "result": engine}, indent=1))
+
+
+def machine() -> str:
+    """With what decides which kernels run."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    kinds = [kind for kind in ("amx_int8", "avx512_bf16", "avx512_vnni") if kind in flags]
+    return f"{platform.machine()} ({', '.join(kinds)}), {len(os.sched_getaffinity(0))} CPUs, one thread"
 
 
 def random_model(out: Path) -> None:
@@ -337,7 +344,7 @@ def main() -> None:
     if "speed" in parts:
         pending = [name for name in arguments.only if arguments.again or not kept("speed", name).exists()]
         measure_speeds([name for name in pending if kept("quality", name).exists()])
-    report([name for name in names if kept("quality", name).exists()])
+    report({name: artifact(name) for name in names if kept("quality", name).exists()})
 
 
 def artifact(name: str) -> dict[str, Any]:
@@ -354,8 +361,10 @@ def artifact(name: str) -> dict[str, Any]:
     return found
 
 
-def report(names: list[str]) -> None:
-    found = {name: artifact(name) for name in names}
+def report(found: dict[str, Any]) -> None:
+    """The table of these and of what an earlier call reported: each row has its own parent, measured beside it."""
+    if RESULTS.exists():
+        found = json.loads(RESULTS.read_text())["artifacts"] | found
     rows = {name: row(one) for name, one in found.items()}
     columns = ("bytes", "perplexity_in_domain", "perplexity_out_of_domain", "speed_b1", "speed_b16")
     print(f"{'over the bf16 parent':22}" + "".join(f"{column.replace('perplexity_', 'ppl '):>18}" for column in columns))
@@ -366,10 +375,9 @@ def report(names: list[str]) -> None:
             for column, target in zip(columns, wanted, strict=True)
         ]
         print(f"{name:22}" + "".join(f"{cell:>18}" for cell in cells))
-    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs, one thread"
     note = "The embedded base was dequantized from 4-bit weights in blocks of 32; its 4-bit numbers are of such weights."
     columns_note = "Over the bf16 parent; speeds in tokens a CPU second, over the mean of the parent's before and after."
-    text = {"machine": machine, "note": note, "columns": columns_note, "over_parent": rows, "targets": TARGETS, "artifacts": found}
+    text = {"note": note, "columns": columns_note, "over_parent": rows, "targets": TARGETS, "artifacts": found}
     RESULTS.write_text(json.dumps(text, indent=1) + "\n")
     print(f"written: {RESULTS.relative_to(REPOSITORY)}")
 

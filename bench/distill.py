@@ -5,7 +5,7 @@
     python bench/distill.py summary
 
 teacher  the embedded base fine-tuned (full) on the training rows of address-json
-student  width: the teacher with three tenths of its feed-forward channels pruned away and refitted, as jobs/compress.py does it.
+student  width: the teacher with half of its feed-forward channels pruned away and refitted, as jobs/compress.py does it.
          depth: the teacher's base with every third layer taken out (30 -> 20). The same for every arm
 arms     ce: cross-entropy of the data's tokens. kd-A, rkl-A, jsd-A: forward KL, reverse KL, JSD from the teacher with alpha A (kd-1.0: no
          hard labels). kd-A-tT: with temperature T. Every arm sees the same packed rows in the same order and makes as many updates.
@@ -38,8 +38,8 @@ WORK = REPOSITORY / "build" / "bench-distill"
 RESULTS = REPOSITORY / "bench" / "results" / "distill.json"
 PACK_TOKENS, TEACHER_PACKS, STUDENT_PACKS = 256, 2, 4
 NUM_VALIDATION, NUM_LOSS_ROWS, NUM_ANSWERED, MAX_NEW_TOKENS = 48, 96, 48, 64
-NUM_CALIBRATION, WIDTH_TAKEN = 64, 0.3
-TEACHER_STEPS, TEACHER_RATE = 60, 2e-4
+NUM_CALIBRATION, WIDTH_TAKEN = 64, 0.5
+TEACHER_STEPS, TEACHER_RATE = 240, 2e-4
 DIVERGENCES = {"kd": "forward_kl", "rkl": "reverse_kl", "jsd": "jsd"}
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t, by degrees of freedom."""
@@ -307,7 +307,7 @@ def summary(args: argparse.Namespace) -> None:
     shape = {"pack_tokens": PACK_TOKENS, "packs_per_step": STUDENT_PACKS, "loss_rows": NUM_LOSS_ROWS, "answered_rows": NUM_ANSWERED}
     report = {
         "teacher": teacher,
-        "students": {"width": "the teacher less 3/10 of its feed-forward channels, refitted", "depth": "the base less every third layer"},
+        "students": {"width": "the teacher less half of its feed-forward channels, refitted", "depth": "the base less every third layer"},
         "method": "full",
         "data": "address-json",
         "settings": shape | {"validation_rows": NUM_VALIDATION, "max_new_tokens": MAX_NEW_TOKENS},

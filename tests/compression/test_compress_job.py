@@ -16,6 +16,7 @@ from adaptfleet.contracts.errors import AdaptfleetError, ContractError, DataErro
 from adaptfleet.contracts.loading import parse_contract
 from adaptfleet.core.models.loading import base_revision
 from adaptfleet.core.quantization.fit import Shapes
+from adaptfleet.on_ray.compress import preflight
 from adaptfleet.on_ray.compress.compression import run_compression
 from adaptfleet.on_ray.compress.preflight import check_disk, prepare
 from adaptfleet.on_ray.compress.recipe_folder import made_once, steps_folder
@@ -147,6 +148,21 @@ def refused(kind: type[Exception], job: CompressJob) -> str:
     with pytest.raises(kind) as caught:
         prepare(job, Registry.open())
     return str(caught.value)
+
+
+@pytest.mark.parametrize("kind, flags, is_warned", [("weight-only", (), True), ("weight-only", ("amx_bf16",), False), ("w8a8", (), False)])
+def test_four_bits_without_their_kernel_are_warned_of(
+    small_base: Path,
+    sums: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    flags: tuple[str, ...],
+    is_warned: bool,
+) -> None:
+    monkeypatch.setattr(preflight, "cpu_flags", lambda: frozenset(flags))
+    prepare(contract(small_base, sums, {"kind": "quantize", "scheme": {"kind": kind}}), Registry.open())
+    assert ("no AMX" in caplog.text) == is_warned
 
 
 def test_what_cannot_be_is_refused_all_at_once(small_base: Path, sums: Path) -> None:

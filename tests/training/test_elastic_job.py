@@ -56,7 +56,7 @@ def wait_for_checkpoint(job: Job, step: int, process: "subprocess.Popen[str]") -
 
 
 def test_nodes_come_and_go(small_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
-    slow_disk = Path(os.environ["ADAPTFLEET_HOME"]) / "slow-disk"
+    slow_disk, slow_steps = (Path(os.environ["ADAPTFLEET_HOME"]) / name for name in ("slow-disk", "slow-steps"))
     sections: dict[str, dict[str, Any]] = {
         "train": {"epochs": 1000, "max_steps": 500, "pack_tokens": 512, "packs_per_step": 4, "learning_rate": 0.001},
         "evaluation": {"max_generated_rows": 0, "max_sample_rows": 0},
@@ -69,6 +69,7 @@ def test_nodes_come_and_go(small_cluster: Any, contract: Callable[..., Job], tmp
     job = contract("elastic", **sections)
     first = WorkerNode(small_cluster, 1, tmp_path / "first.log")
     second: WorkerNode | None = None
+    slow_steps.touch()  # or a quick machine is done before a node has joined
     try:
         with subprocess.Popen(
             command(write(job, tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
@@ -88,11 +89,14 @@ def test_nodes_come_and_go(small_cluster: Any, contract: Callable[..., Job], tmp
                 known_at_kill = wait_for_checkpoint(job, grown + EVERY_STEPS, process)
                 second.kill()
                 wait_for_workers(job, 1, process)
+                slow_steps.unlink()
                 output, _ = process.communicate(timeout=LIMIT_S)
             finally:
                 process.kill()
         assert process.returncode == 0, output[-3000:]
     finally:
+        slow_steps.unlink(missing_ok=True)
+        slow_disk.unlink(missing_ok=True)
         for node in (first, second):
             if node is not None:
                 node.kill()

@@ -33,7 +33,7 @@ def joined_cluster() -> Iterator[None]:
 def _forget_token() -> None:
     """Ray keeps the token of the first cluster that a process talks to, and there is no public way to give it another's."""
     if "ray" in sys.modules:
-        from ray._raylet import AuthenticationTokenLoader
+        from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
         AuthenticationTokenLoader.instance().reset_cache()
 

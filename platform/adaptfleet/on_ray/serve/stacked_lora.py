@@ -1,10 +1,11 @@
 """A vLLM plug-in: multi-LoRA on a CPU that is right for rows of the base, and fast.
 
 vLLM's CPU path marks a row without an adapter with slot -1 and indexes the stacked weights with it, which wraps to the last slot: a request
-to the base that shares a batch gets somebody's adapter. It also gathers a whole matrix for each row.
+to the base that shares a batch gets somebody's adapter. It also gathers a whole matrix for each row, and takes no adapter over 8-bit layers
+on a CPU without AMX.
 
-Expires when vLLM leaves rows of slot -1 alone and its CPU LoRA is no slower than this; `tests/serve/test_stacked_lora_upstream.py` fails
-when the first is so.
+Expires when vLLM leaves rows of slot -1 alone, takes such layers, and its CPU LoRA is no slower than this;
+`tests/serve/test_stacked_lora_upstream.py` fails when the first or the second is so.
 """
 
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ def register() -> None:
 
     if not current_platform.is_cpu():
         return
+    import torch
+    from vllm.lora.layers import base_linear
     from vllm.lora.layers.base import BaseLayerWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper import punica_cpu
@@ -32,6 +35,8 @@ def register() -> None:
     if punica_cpu.PunicaWrapperCPU is StackedPunicaWrapper:
         return
     punica_cpu.PunicaWrapperCPU = StackedPunicaWrapper  # type: ignore[misc]
+    # asked for the device of its weight, a layer fails whose weight oneDNN keeps: 8 bits on a CPU without AMX
+    base_linear._get_lora_device = lambda base_layer: torch.device("cpu")
     activate = LoRAModelManager.activate_adapter
 
     def activate_adapter(self: LoRAModelManager, lora_id: int) -> bool:

@@ -9,8 +9,9 @@ rows that it has of what is not measured again.
 
 Text: `train`, of calibration and recovery, is the language reference that comes with Python (pydoc_data.topics), of which every eighth
 piece is held out (in-domain). `general`, which recipes mix in, are docstrings of the standard library and of DOCUMENTED packages.
-Out-of-domain are the descriptions of the installed packages, of which no recipe sees one. Perplexity ratios have 95% intervals over the pieces. Speeds are tokens a CPU second
-of the real engine with one thread; shape_1b_* has random weights of a model of 1.07 billion parameters, and stands for speed alone.
+Out-of-domain are the descriptions of the installed packages, of which no recipe sees one. Perplexity ratios have 95% intervals over the
+pieces. Speeds are tokens a CPU second of the real engine with one thread; shape_1b_* has random weights of a model of 1.07 billion
+parameters, and stands for speed alone.
 
 The embedded base was itself dequantized from 4-bit weights in blocks of 32: its 4-bit numbers are of such weights. second_base_* are of a
 checkpoint whose every weight was trained further.

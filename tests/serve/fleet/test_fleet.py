@@ -95,7 +95,7 @@ async def _struck(fleet: Endpoint, prompts: list[str], blow: signal.Signals) -> 
         tasks = [asyncio.create_task(ask(client, outcome, "tiny", prompt, LONG)) for outcome, prompt in zip(outcomes, prompts, strict=True)]
         async with asyncio.timeout(60):
             await _held(outcomes, victim)
-        os.kill(victim, blow)
+        os.kill(victim, blow)  # stopped already; where the wait ran out it stays so, and the replica replaces it
         after = await asyncio.gather(*(ask(client, Outcome(), "tiny", "After. ", SHORT) for _ in range(4)))
         await asyncio.gather(*tasks)
     assert all(outcome.finished and not outcome.error for outcome in after), after

@@ -5,10 +5,11 @@
     python bench/distill.py summary
 
 teacher  the embedded base fine-tuned (full) on the training rows of address-json
-student  width: the teacher with half of its feed-forward channels pruned away and refitted, as jobs/compress.py does it.
-         depth: the teacher's base with every third layer taken out (30 -> 20). The same for every arm
+student  width, narrow: the teacher with half, or three quarters, of its feed-forward channels pruned away and refitted, as
+         jobs/compress.py does it. depth: the teacher's base with every third layer taken out (30 -> 20). The same for every arm
 arms     ce: cross-entropy of the data's tokens. kd-A, rkl-A, jsd-A: forward KL, reverse KL, JSD from the teacher with alpha A (kd-1.0: no
-         hard labels). kd-A-tT: with temperature T. Every arm sees the same packed rows in the same order and makes as many updates.
+         hard labels). kd-A-tT: with temperature T; kd-A-hW: with hidden states held to the teacher's, at weight W. Every arm sees the same
+         packed rows in the same order and makes as many updates.
 seeds    another subset of `--rows` training rows, in another order
 
 A run is one arm, seed and learning rate; what is not finished after `--seconds` goes on at the next call. Each is measured on rows that
@@ -37,8 +38,8 @@ sys.path[:0] = [str(REPOSITORY / "platform"), str(REPOSITORY)]
 WORK = REPOSITORY / "build" / "bench-distill"
 RESULTS = REPOSITORY / "bench" / "results" / "distill.json"
 PACK_TOKENS, TEACHER_PACKS, STUDENT_PACKS = 256, 2, 4
-NUM_VALIDATION, NUM_LOSS_ROWS, NUM_ANSWERED, MAX_NEW_TOKENS = 48, 96, 48, 64
-NUM_CALIBRATION, WIDTH_TAKEN = 64, 0.5
+NUM_VALIDATION, NUM_HELD_OUT, MAX_NEW_TOKENS = 48, 149, 64
+NUM_CALIBRATION, WIDTH_TAKEN = 64, {"width": 0.5, "narrow": 0.75}
 TEACHER_STEPS, TEACHER_RATE = 240, 2e-4
 DIVERGENCES = {"kd": "forward_kl", "rkl": "reverse_kl", "jsd": "jsd"}
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -119,7 +120,7 @@ def drop_layers(model: Any) -> Any:
     return model
 
 
-def width_pruned(teacher: Any, tokenizer: Any, examples: list[Any]) -> Path:
+def pruned(student: str, teacher: Any, tokenizer: Any, examples: list[Any]) -> Path:
     """Made once: the teacher's checkpoint with fewer feed-forward channels."""
     from adaptfleet.contracts.compression import Prune
     from adaptfleet.core.data.encoding import encode_all
@@ -128,13 +129,13 @@ def width_pruned(teacher: Any, tokenizer: Any, examples: list[Any]) -> Path:
     from adaptfleet.core.pruning.refit import refit
     from adaptfleet.core.pruning.slicing import choose, sliced
 
-    folder = WORK / "student-width"
+    folder = WORK / f"student-{student}"
     if not folder.exists():
         rows = encode_all(examples[:NUM_CALIBRATION], tokenizer, PACK_TOKENS)
         model = copy.deepcopy(teacher)
-        kept = choose(model.config, Prune(mlp_width=WIDTH_TAKEN), measure(model, rows, tokenizer.pad_token_id))
+        kept = choose(model.config, Prune(mlp_width=WIDTH_TAKEN[student]), measure(model, rows, tokenizer.pad_token_id))
         refit(model, kept, rows, tokenizer.pad_token_id)
-        unfinished = WORK / "student-width.part"
+        unfinished = folder.with_suffix(".part")
         export_model(sliced(model, kept), tokenizer, unfinished)
         unfinished.rename(folder)
     return folder
@@ -154,15 +155,14 @@ def make_trainer(
     return Trainer(adapted.attach(model, seed), adapted, spec, plan_steps(rows, spec), rows, pad_id, objective)
 
 
-def measured(model: Any, tokenizer: Any, examples: list[Any], answered: int) -> dict[str, float]:
+def measured(model: Any, tokenizer: Any, examples: list[Any], answers_too: bool = True) -> dict[str, float]:
     from adaptfleet.core.data.encoding import encode_all
     from adaptfleet.core.evaluation.held_out import answer_scores, greedy_answers, held_out_loss
 
-    rows = encode_all(examples[:NUM_LOSS_ROWS], tokenizer, PACK_TOKENS)
-    values = {"loss": held_out_loss(model, rows, PACK_TOKENS, tokenizer.pad_token_id).loss}
-    if answered:
-        answers = greedy_answers(model, tokenizer, examples[:answered], MAX_NEW_TOKENS)
-        values |= answer_scores(answers, examples[:answered]).metrics()
+    examples = examples[:NUM_HELD_OUT]
+    values = {"loss": held_out_loss(model, encode_all(examples, tokenizer, PACK_TOKENS), PACK_TOKENS, tokenizer.pad_token_id).loss}
+    if answers_too:
+        values |= answer_scores(greedy_answers(model, tokenizer, examples, MAX_NEW_TOKENS), examples).metrics()
     return values
 
 
@@ -185,7 +185,7 @@ def make_teacher(args: argparse.Namespace) -> bool:
         print("not done; call again to go on")
         return False
     export_model(trainer.model, tokenizer, folder / "model")
-    facts = {"held_out": measured(trainer.model, tokenizer, test, NUM_ANSWERED), "tokens": trainer.plan.num_tokens}
+    facts = {"held_out": measured(trainer.model, tokenizer, test), "tokens": trainer.plan.num_tokens}
     facts |= {"steps": TEACHER_STEPS, "learning_rate": TEACHER_RATE}
     (folder / "facts.json").write_text(json.dumps(facts))
     print("the teacher:", facts["held_out"])
@@ -202,9 +202,15 @@ def objective_of(arm: str, student: Any, teacher: Any) -> Any:
     if arm == "ce":
         return None
     kind, alpha, *rest = arm.split("-")
-    temperature = float(rest[0].removeprefix("t")) if rest else 1.0
+    options = {option[0]: float(option[1:]) for option in rest}
     spec = Distillation.model_validate(
-        {"teacher": ModelSpec(), "divergence": DIVERGENCES[kind], "alpha": float(alpha), "temperature": temperature}
+        {
+            "teacher": ModelSpec(),
+            "divergence": DIVERGENCES[kind],
+            "alpha": float(alpha),
+            "temperature": options.get("t", 1.0),
+            "align": {"hidden": options.get("h", 0.0)},
+        }
     )
     return KnowledgeDistillation(spec, OnlineTeacher(teacher, spec, student.config.vocab_size), student)
 
@@ -229,12 +235,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(pending)} of {len(wanted)} runs are to be made")
     teacher, tokenizer = loaded(str(WORK / "teacher" / "model"))
     examples, validation, test = data()
-    start = loaded("smollm2-135m" if args.student == "depth" else str(width_pruned(teacher, tokenizer, examples)))[0]
+    start = loaded("smollm2-135m" if args.student == "depth" else str(pruned(args.student, teacher, tokenizer, examples)))[0]
     if args.student == "depth":
         start = drop_layers(start)
     begun = WORK / f"begun-{args.student}.json"
     if not begun.exists():
-        begun.write_text(json.dumps(measured(start, tokenizer, test, NUM_ANSWERED)))
+        begun.write_text(json.dumps(measured(start, tokenizer, test)))
     for settings in pending:
         if clock.is_over():
             break
@@ -253,8 +259,8 @@ def run(args: argparse.Namespace) -> None:
         result = {
             "settings": asdict(settings),
             "tokens": trainer.plan.num_tokens,
-            "validation": measured(student, tokenizer, validation, 0),
-            "held_out": measured(student, tokenizer, test, NUM_ANSWERED),
+            "validation": measured(student, tokenizer, validation, answers_too=False),
+            "held_out": measured(student, tokenizer, test),
             "last_seconds": time.monotonic() - began,
         }
         (folder / "result.json.part").write_text(json.dumps(result))
@@ -304,10 +310,14 @@ def summary(args: argparse.Namespace) -> None:
             table["arms"][arm] = entry
         tables.append(table)
     teacher = json.loads((WORK / "teacher" / "facts.json").read_text())
-    shape = {"pack_tokens": PACK_TOKENS, "packs_per_step": STUDENT_PACKS, "loss_rows": NUM_LOSS_ROWS, "answered_rows": NUM_ANSWERED}
+    shape = {"pack_tokens": PACK_TOKENS, "packs_per_step": STUDENT_PACKS, "held_out_rows": NUM_HELD_OUT}
     report = {
         "teacher": teacher,
-        "students": {"width": "the teacher less half of its feed-forward channels, refitted", "depth": "the base less every third layer"},
+        "students": {
+            "width": "the teacher less half of its feed-forward channels, refitted",
+            "narrow": "the teacher less three quarters of them, refitted",
+            "depth": "the base less every third layer",
+        },
         "method": "full",
         "data": "address-json",
         "settings": shape | {"validation_rows": NUM_VALIDATION, "max_new_tokens": MAX_NEW_TOKENS},
@@ -337,7 +347,7 @@ def main() -> None:
     teacher.add_argument("--seconds", type=float, default=480)
     teacher.set_defaults(do=make_teacher)
     runs = actions.add_parser("run")
-    runs.add_argument("--student", choices=["width", "depth"], default="width")
+    runs.add_argument("--student", choices=["width", "narrow", "depth"], default="width")
     runs.add_argument("--arms", nargs="+", default=["ce", "kd-0.5", "kd-1.0"])
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runs.add_argument("--learning-rates", nargs="+", type=float, default=[2e-4])

@@ -53,9 +53,9 @@ class Run:
             if made and until(made[-1]):
                 return made[-1]
             if self.process.poll() is not None:
-                sys.exit(f"the job ended before {what}; see {self.folder}")
+                sys.exit(f"the job ended before {what}:\n{(self.folder.parents[1] / 'job.log').read_text()[-3000:]}")
             time.sleep(0.1)
-        sys.exit(f"{what} did not come within {LIMIT_S} s; see {self.folder}")
+        sys.exit(f"{what} did not come within {LIMIT_S} s:\n{(self.folder.parents[1] / 'job.log').read_text()[-3000:]}")
 
     def step_later(self, steps: int) -> dict[str, Any]:
         now = lines(self.folder, "train")[-1]["step"]
@@ -81,7 +81,8 @@ def measure(cluster: Any, home: Path) -> dict[str, Any]:
     }  # fmt: skip
     file = home / "elastic.yaml"
     file.write_text(yaml.safe_dump(contract))
-    first = WorkerNode(cluster, 1, home / "first.log")
+    at_home = {"ADAPTFLEET_HOME": str(home)}
+    first = WorkerNode(cluster, 1, home / "first.log", at_home)
     second = None
     command = [sys.executable, str(REPOSITORY / "jobs" / "finetune.py"), "--config", str(file)]
     environment = {**os.environ, **cluster.env, "ADAPTFLEET_HOME": str(home)}
@@ -105,7 +106,7 @@ def measure(cluster: Any, home: Path) -> dict[str, Any]:
         first.kill()
         run.step_later(3)
         print("a node joins ...", flush=True)
-        second = WorkerNode(cluster, 1, home / "second.log")
+        second = WorkerNode(cluster, 1, home / "second.log", at_home)
         joined_at = time.time()
         grown = run.first_after(joined_at, 2)
         start = lines(run.folder, "start")[-1]

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from tests.training.worker_node import SLOW_DISK
+from tests.training.worker_node import SLOW
 
 VOCABULARY = 300
 TEMPLATE = (
@@ -113,7 +113,7 @@ def small_cluster(embedded_home: Path) -> Iterator[Any]:
     from adaptfleet.on_ray.local_cluster import LocalCluster
 
     with (
-        LocalCluster.start(num_cpus=1, env={"ADAPTFLEET_HOME": str(embedded_home), "PYTHONPATH": str(SLOW_DISK)}) as cluster,
+        LocalCluster.start(num_cpus=1, env={"ADAPTFLEET_HOME": str(embedded_home), **SLOW}) as cluster,
         pytest.MonkeyPatch.context() as patch,
     ):
         for name, value in cluster.env.items():

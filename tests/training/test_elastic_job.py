@@ -14,7 +14,7 @@ import pytest
 
 from tests.training.test_finetune_job import LIMIT_S, REPOSITORY, Job, command, run, run_folder, wait_for_step, write
 from tests.training.test_finetune_job import contract as contract  # a fixture
-from tests.training.worker_node import WorkerNode
+from tests.training.worker_node import SLOW, WorkerNode
 
 pytestmark = pytest.mark.slow
 EVERY_STEPS = 20
@@ -67,7 +67,7 @@ def test_nodes_come_and_go(small_cluster: Any, contract: Callable[..., Job], tmp
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
     sections["cluster"] = {"workers": {"min": 1, "max": 2}, "resize_check_interval_s": 2.0, "max_failures": 2}
     job = contract("elastic", **sections)
-    first = WorkerNode(small_cluster, 1, tmp_path / "first.log")
+    first = WorkerNode(small_cluster, 1, tmp_path / "first.log", SLOW)
     second: WorkerNode | None = None
     slow_steps.touch()  # or a quick machine is done before a node has joined
     try:
@@ -84,7 +84,7 @@ def test_nodes_come_and_go(small_cluster: Any, contract: Callable[..., Job], tmp
                 slow_disk.unlink()
                 first.kill()
                 known_at_join = known_checkpoint(job)
-                second = WorkerNode(small_cluster, 1, tmp_path / "second.log")
+                second = WorkerNode(small_cluster, 1, tmp_path / "second.log", SLOW)
                 grown = wait_for_workers(job, 2, process)
                 known_at_kill = wait_for_checkpoint(job, grown + EVERY_STEPS, process)
                 second.kill()

@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 LIMIT_S = 120
-SLOW_DISK = Path(__file__).parent / "slow_disk"
+SLOW = {"PYTHONPATH": str(Path(__file__).parent / "slow_disk")}
+"""The environment of nodes that a file in the home slows down."""
 
 
 # `ray start` refuses to join a cluster that keeps to the loopback address; its own node class does not ask.
@@ -31,13 +33,13 @@ while True:
 
 
 class WorkerNode:
-    def __init__(self, cluster: Any, num_cpus: int, log: Path) -> None:
+    def __init__(self, cluster: Any, num_cpus: int, log: Path, env: Mapping[str, str] | None = None) -> None:
         self._env = {
             **os.environ,
             **cluster.env,
             "RAY_worker_niceness": "0",
             "RAY_raylet_start_wait_time_s": "90",
-            "PYTHONPATH": str(SLOW_DISK),
+            **(env or {}),
         }
         command = [sys.executable, "-c", _NODE, cluster.address, str(num_cpus)]
         with log.open("wb") as out:

@@ -19,7 +19,7 @@ class MasterAdamW:
     def __init__(self, model: nn.Module, weight_decay: float) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: _local(p.detach()).to(torch.float32, copy=True) for name, p in self.parameters.items()}
-        self._adam = torch.optim.AdamW(self.masters.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, foreach=True)
+        self._adam = torch.optim.AdamW(self.masters.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
         """One update from the parameters' gradients, which stay until `zero_grad`. Returns their norm before clipping."""
@@ -69,7 +69,7 @@ class MasterAdamW:
             master.copy_(_local(state[f"weight.{name}"]))
             if float(updates):
                 self._adam.state[master] = {
-                    "step": updates.clone(),
+                    "step": updates.to(master.device, copy=True),
                     "exp_avg": _local(state[f"exp_avg.{name}"]).to(master.device, copy=True),
                     "exp_avg_sq": _local(state[f"exp_avg_sq.{name}"]).to(master.device, copy=True),
                 }

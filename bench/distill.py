@@ -1,7 +1,7 @@
 """When a student learns more from a teacher than from the data alone, at an equal number of tokens.
 
     python bench/distill.py teacher [--seconds 480]                    # again until it says that it is done
-    python bench/distill.py run [--student width] [--arms ce kd-0.5 ...] [--seeds 0 1 2] [--learning-rates 2e-4] [--seconds 480]
+    python bench/distill.py run [--data task] [--student width] [--arms ce kd-0.5 ...] [--seeds 0 1 2] [--learning-rates 2e-4]
     python bench/distill.py summary
 
 teacher  the embedded base fine-tuned (full) on the training rows of address-json
@@ -10,12 +10,13 @@ student  width, narrow: the teacher with half, or three quarters, of its feed-fo
 arms     ce: cross-entropy of the data's tokens. kd-A, rkl-A, jsd-A: forward KL, reverse KL, JSD from the teacher with alpha A (kd-1.0: no
          hard labels). kd-A-tT: with temperature T; kd-A-hW: with hidden states held to the teacher's, at weight W. Every arm sees the same
          packed rows in the same order and makes as many updates.
-seeds    another subset of `--rows` training rows, in another order
+data     task: rows of address-json. text: docstrings, no row of the task, as one recovers a pruned model with whatever text is at hand
+seeds    another subset of `--rows` training rows or texts, in another order
 
-A run is one arm, seed and learning rate; what is not finished after `--seconds` goes on at the next call. Each is measured on rows that
-neither model saw: cross-entropy of a labelled token, exact match and field F1. The learning rate of each arm is chosen by the loss on a
-validation part of the training rows, then compared on the held-out rows: differences to `ce` of the same seeds, with 95% t-intervals over
-the seeds. Teacher and student are trained in full.
+A run is one arm, seed and learning rate; what is not finished after `--seconds` goes on at the next call. Each is measured on what neither
+model saw: cross-entropy of a labelled token, exact match and field F1 of the task, cross-entropy of a token of text. The learning rate of
+each arm is chosen by the loss on a validation part of its own data, then compared: differences to `ce` of the same seeds, with 95%
+t-intervals over the seeds. Teacher and student are trained in full.
 Results: bench/results/distill.json, with all settings.
 """
 
@@ -33,14 +34,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compress import docstrings
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "platform"), str(REPOSITORY)]
 WORK = REPOSITORY / "build" / "bench-distill"
 RESULTS = REPOSITORY / "bench" / "results" / "distill.json"
 PACK_TOKENS, TEACHER_PACKS, STUDENT_PACKS = 256, 2, 4
-NUM_VALIDATION, NUM_HELD_OUT, MAX_NEW_TOKENS = 48, 149, 64
+NUM_VALIDATION, NUM_HELD_OUT, NUM_TEXTS, MAX_NEW_TOKENS = 48, 149, 64, 64
 NUM_CALIBRATION, WIDTH_TAKEN = 64, {"width": 0.5, "narrow": 0.75}
 TEACHER_STEPS, TEACHER_RATE = 240, 2e-4
+METRICS = ("loss", "exact_match", "field_f1", "text_loss")
 DIVERGENCES = {"kd": "forward_kl", "rkl": "reverse_kl", "jsd": "jsd"}
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t, by degrees of freedom."""
@@ -54,9 +58,10 @@ class Settings:
     rows: int
     steps: int
     student: str
+    data: str
 
     def name(self) -> str:
-        return f"{self.student}_{self.arm}_seed{self.seed}_lr{self.learning_rate:g}_rows{self.rows}_steps{self.steps}"
+        return f"{self.data}_{self.student}_{self.arm}_seed{self.seed}_lr{self.learning_rate:g}_rows{self.rows}_steps{self.steps}"
 
 
 class Clock:
@@ -67,8 +72,21 @@ class Clock:
         return time.monotonic() > self.end
 
 
-def data() -> tuple[list[Any], list[Any], list[Any]]:
-    """Examples to train on, to validate with, and held out."""
+def texts() -> tuple[list[Any], list[Any], list[Any]]:
+    """Docstrings to train on, to validate with, and held out, each part from all over the packages."""
+    from adaptfleet.core.data.examples import Example
+
+    file = WORK / "text.json"
+    if not file.exists():
+        file.write_text(json.dumps(docstrings()))
+    found = [Example(text=text) for text in json.loads(file.read_text())]
+    apart = len(found) // NUM_TEXTS
+    train = [text for i, text in enumerate(found) if i % apart > 1]
+    return train, found[1::apart][:NUM_VALIDATION], found[::apart][:NUM_TEXTS]
+
+
+def task() -> tuple[list[Any], list[Any], list[Any]]:
+    """Examples of the task to train on, to validate with, and held out."""
     from adaptfleet.contracts.data import DataSpec
     from adaptfleet.core.data.datasets import load_dataset
 
@@ -159,10 +177,14 @@ def measured(model: Any, tokenizer: Any, examples: list[Any], answers_too: bool 
     from adaptfleet.core.data.encoding import encode_all
     from adaptfleet.core.evaluation.held_out import answer_scores, greedy_answers, held_out_loss
 
+    def loss(of: list[Any]) -> float:
+        return held_out_loss(model, encode_all(of, tokenizer, PACK_TOKENS, truncate=True), PACK_TOKENS, tokenizer.pad_token_id).loss
+
     examples = examples[:NUM_HELD_OUT]
-    values = {"loss": held_out_loss(model, encode_all(examples, tokenizer, PACK_TOKENS), PACK_TOKENS, tokenizer.pad_token_id).loss}
+    values = {"loss": loss(examples)}
     if answers_too:
         values |= answer_scores(greedy_answers(model, tokenizer, examples, MAX_NEW_TOKENS), examples).metrics()
+        values["text_loss"] = loss(texts()[2])
     return values
 
 
@@ -178,7 +200,7 @@ def make_teacher(args: argparse.Namespace) -> bool:
 
     torch.set_num_threads(args.threads)
     model, tokenizer = loaded("smollm2-135m")
-    examples, _, test = data()
+    examples, _, test = task()
     rows = encode_all(examples, tokenizer, PACK_TOKENS)
     trainer = make_trainer(model, rows, tokenizer.pad_token_id, TEACHER_RATE, TEACHER_STEPS, TEACHER_PACKS, seed=0)
     if not train(trainer, folder, Clock(args.seconds)):
@@ -226,7 +248,7 @@ def run(args: argparse.Namespace) -> None:
     if not make_teacher(args):
         return
     wanted = [
-        Settings(arm, seed, rate, args.rows, args.steps, args.student)
+        Settings(arm, seed, rate, args.rows, args.steps, args.student, args.data)
         for seed in args.seeds
         for rate in args.learning_rates
         for arm in args.arms
@@ -234,7 +256,8 @@ def run(args: argparse.Namespace) -> None:
     pending = [s for s in wanted if not (WORK / "runs" / s.name() / "result.json").exists()]
     print(f"{len(pending)} of {len(wanted)} runs are to be made")
     teacher, tokenizer = loaded(str(WORK / "teacher" / "model"))
-    examples, validation, test = data()
+    examples, _, test = task()
+    material, validation, _ = texts() if args.data == "text" else task()
     start = loaded("smollm2-135m" if args.student == "depth" else str(pruned(args.student, teacher, tokenizer, examples)))[0]
     if args.student == "depth":
         start = drop_layers(start)
@@ -246,10 +269,10 @@ def run(args: argparse.Namespace) -> None:
             break
         folder = WORK / "runs" / settings.name()
         folder.mkdir(parents=True, exist_ok=True)
-        chosen = [examples[i] for i in permutation(len(examples), settings.seed, 0)[: settings.rows]]
+        chosen = [material[i] for i in permutation(len(material), settings.seed, 0)[: settings.rows]]
         student = copy.deepcopy(start)
         objective = objective_of(settings.arm, student, teacher)
-        rows = encode_all(chosen, tokenizer, PACK_TOKENS)
+        rows = encode_all(chosen, tokenizer, PACK_TOKENS, truncate=True)
         began = time.monotonic()
         trainer = make_trainer(
             student, rows, tokenizer.pad_token_id, settings.learning_rate, settings.steps, STUDENT_PACKS, settings.seed, objective
@@ -283,13 +306,13 @@ def interval(values: list[float]) -> dict[str, float]:
 
 def summary(args: argparse.Namespace) -> None:
     results = [json.loads(file.read_text()) for file in sorted((WORK / "runs").glob("*/result.json"))]
-    groups: dict[tuple[str, int, int], dict[str, dict[float, dict[int, Any]]]] = {}
+    groups: dict[tuple[str, str, int, int], dict[str, dict[float, dict[int, Any]]]] = {}
     for result in results:
         s = result["settings"]
-        by_rate = groups.setdefault((s["student"], s["rows"], s["steps"]), {}).setdefault(s["arm"], {})
+        by_rate = groups.setdefault((s["data"], s["student"], s["rows"], s["steps"]), {}).setdefault(s["arm"], {})
         by_rate.setdefault(s["learning_rate"], {})[s["seed"]] = result
     tables = []
-    for (student, rows, steps), arms in sorted(groups.items()):
+    for (data, student, rows, steps), arms in sorted(groups.items()):
         best = {}
         for arm, by_rate in arms.items():
             # chosen among learning rates with the most seeds, by the validation part alone
@@ -298,9 +321,9 @@ def summary(args: argparse.Namespace) -> None:
             rate = min(rates, key=lambda r: statistics.fmean(v["validation"]["loss"] for v in rates[r].values()))
             best[arm] = (rate, rates[rate])
         untrained = json.loads((WORK / f"begun-{student}.json").read_text())
-        table: dict[str, Any] = {"student": student, "rows": rows, "steps": steps, "untrained": untrained, "arms": {}}
+        table: dict[str, Any] = {"data": data, "student": student, "rows": rows, "steps": steps, "untrained": untrained, "arms": {}}
         for arm, (rate, seeds) in best.items():
-            metrics = [m for m in ("loss", "exact_match", "field_f1") if all(m in r["held_out"] for r in seeds.values())]
+            metrics = [m for m in METRICS if all(m in r["held_out"] for r in seeds.values())]
             entry: dict[str, Any] = {"learning_rate": rate, "tokens": next(iter(seeds.values()))["tokens"], "seeds": sorted(seeds)}
             entry |= {m: interval([r["held_out"][m] for r in seeds.values()]) for m in metrics}
             plain = best.get("ce", (0, {}))[1]
@@ -310,7 +333,7 @@ def summary(args: argparse.Namespace) -> None:
             table["arms"][arm] = entry
         tables.append(table)
     teacher = json.loads((WORK / "teacher" / "facts.json").read_text())
-    shape = {"pack_tokens": PACK_TOKENS, "packs_per_step": STUDENT_PACKS, "held_out_rows": NUM_HELD_OUT}
+    shape = {"pack_tokens": PACK_TOKENS, "packs_per_step": STUDENT_PACKS, "held_out_rows": NUM_HELD_OUT, "held_out_texts": NUM_TEXTS}
     report = {
         "teacher": teacher,
         "students": {
@@ -319,7 +342,7 @@ def summary(args: argparse.Namespace) -> None:
             "depth": "the base less every third layer",
         },
         "method": "full",
-        "data": "address-json",
+        "data": {"task": "address-json", "text": "docstrings, as bench/compress.py takes them"},
         "settings": shape | {"validation_rows": NUM_VALIDATION, "max_new_tokens": MAX_NEW_TOKENS},
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
         "tables": tables,
@@ -327,16 +350,13 @@ def summary(args: argparse.Namespace) -> None:
     }
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     for table in tables:
-        print(f"{table['student']}, {table['rows']} rows, {table['steps']} steps; untrained: {table['untrained']}")
+        print(f"{table['data']}, {table['student']}, {table['rows']} rows, {table['steps']} steps; untrained: {table['untrained']}")
         for arm, entry in table["arms"].items():
-            against = entry.get("less_ce", {}).get("loss")
-            difference = (
-                f", less ce {against['mean']:+.4f} [{against.get('low', math.nan):+.4f}, {against.get('high', math.nan):+.4f}]"
-                if against
-                else ""
-            )
-            numbers = ", ".join(f"{m} {entry[m]['mean']:.4f}" for m in ("loss", "exact_match", "field_f1") if m in entry)
-            print(f"  {arm:12} lr {entry['learning_rate']:g}, {len(entry['seeds'])} seeds: {numbers}{difference}")
+            print(f"  {arm:12} lr {entry['learning_rate']:g}, {len(entry['seeds'])} seeds")
+            for m in (m for m in METRICS if m in entry):
+                less = entry.get("less_ce", {}).get(m)
+                between = f" [{less.get('low', math.nan):+.4f}, {less.get('high', math.nan):+.4f}]" if less else ""
+                print(f"    {m:12} {entry[m]['mean']:.4f}" + (f", less ce {less['mean']:+.4f}{between}" if less else ""))
 
 
 def main() -> None:
@@ -347,6 +367,7 @@ def main() -> None:
     teacher.add_argument("--seconds", type=float, default=480)
     teacher.set_defaults(do=make_teacher)
     runs = actions.add_parser("run")
+    runs.add_argument("--data", choices=["task", "text"], default="task")
     runs.add_argument("--student", choices=["width", "narrow", "depth"], default="width")
     runs.add_argument("--arms", nargs="+", default=["ce", "kd-0.5", "kd-1.0"])
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

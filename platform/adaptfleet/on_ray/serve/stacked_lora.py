@@ -27,9 +27,10 @@ def register() -> None:
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper import punica_cpu
 
-    from adaptfleet.on_ray.serve import patient_queues, rounded_embedding
+    from adaptfleet.on_ray.serve import four_bit_linear, patient_queues, rounded_embedding
     from adaptfleet.on_ray.serve.stacked_punica import StackedPunicaWrapper
 
+    four_bit_linear.register()
     patient_queues.register()
     rounded_embedding.register()
     if punica_cpu.PunicaWrapperCPU is StackedPunicaWrapper:

@@ -1,0 +1,91 @@
+"""Layers of 4 bits on a CPU with AVX512-VNNI and without AMX, against the weights that their codes stand for."""
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.mixed_precision import MPLinearLayerConfig
+from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+from vllm.model_executor.layers.quantization.utils.quant_utils import pack_quantized_values_into_int32
+from vllm.platforms.interface import PlatformEnum
+from vllm.scalar_type import scalar_types
+
+from adaptfleet.core.models.device import cpu_flags
+from adaptfleet.on_ray.serve.four_bit_linear import VnniFourBitKernel, register
+
+HERE = "avx512_vnni" in cpu_flags() and not torch.cpu._is_amx_tile_supported()
+pytestmark = pytest.mark.skipif(not HERE, reason="for CPUs with AVX512-VNNI and without AMX")
+
+
+def parameter(data: torch.Tensor, **places: int) -> Any:
+    made: Any = torch.nn.Parameter(data, requires_grad=False)
+    for name, value in places.items():
+        setattr(made, name, value)
+    return made
+
+
+def layer(inputs: int, outputs: int, group: int, is_symmetric: bool, inputs_first: bool = False) -> tuple[Any, torch.Tensor]:
+    """A layer as vLLM loads it from a compressed-tensors checkpoint (or, inputs first, from a GPTQ one), and its weight [M, K]."""
+    kind = scalar_types.uint4b8 if is_symmetric else scalar_types.uint4
+    generator = torch.Generator().manual_seed(inputs + outputs + group)
+    codes_MK = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.int32)
+    num_groups = 1 if group == -1 else inputs // group
+    scale_MG = (torch.rand(outputs, num_groups, generator=generator) / 8 + 0.01).bfloat16()
+    zero_MG = torch.randint(0, 16, (outputs, num_groups), generator=generator, dtype=torch.int32)
+    made = torch.nn.Module()
+    packed_MK = pack_quantized_values_into_int32(codes_MK, kind, 1)
+    places = {"input_dim": 0, "output_dim": 1, "packed_dim": 0} if inputs_first else {"input_dim": 1, "output_dim": 0, "packed_dim": 1}
+    made.weight_packed = parameter(packed_MK.t().contiguous() if inputs_first else packed_MK, **places)
+    made.weight_scale = parameter(scale_MG, input_dim=1, output_dim=0)
+    if not is_symmetric:
+        made.weight_zero_point = parameter(pack_quantized_values_into_int32(zero_MG, kind, 0), input_dim=1, output_dim=0, packed_dim=0)
+    zero = 8 if is_symmetric else zero_MG[:, :, None]
+    weight_MGK = (codes_MK.view(outputs, num_groups, -1) - zero) * scale_MG.float()[:, :, None]
+    return made, weight_MGK.view(outputs, inputs)
+
+
+def config(inputs: int, outputs: int, group: int, is_symmetric: bool) -> MPLinearLayerConfig:
+    kind = scalar_types.uint4b8 if is_symmetric else scalar_types.uint4
+    return MPLinearLayerConfig((inputs, outputs), (inputs, outputs), kind, torch.bfloat16, group, not is_symmetric)
+
+
+@pytest.mark.parametrize("is_symmetric", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs", "group"), [(576, 192, 32), (576, 1536, 64), (1536, 576, 128), (768, 96, 384), (640, 192, -1)])
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_it_multiplies_by_the_weights(inputs: int, outputs: int, group: int, is_symmetric: bool, inputs_first: bool) -> None:
+    made, weight_MK = layer(inputs, outputs, group, is_symmetric, inputs_first)
+    made.bias = None
+    kernel = VnniFourBitKernel(config(inputs, outputs, group, is_symmetric), "weight_packed", "weight_scale", "weight_zero_point")
+    kernel.process_weights_after_loading(made)
+    assert made.use_w4a8
+    bias_M = torch.randn(outputs)
+    for shape in [(1, inputs), (4, inputs), (18, inputs), (2, 35, inputs)]:
+        x = torch.randn(shape).bfloat16()
+        expected = x.float() @ weight_MK.T + bias_M
+        found = kernel.apply_weights(made, x, bias_M)
+        assert found.shape == expected.shape == torch.compile(kernel.apply_weights, backend="aot_eager")(made, x, bias_M).shape
+        assert found.dtype == torch.bfloat16
+        # each activation is rounded to one of 255 steps of its row
+        assert ((found.float() - expected).norm() / expected.norm()) < 0.02
+
+
+def test_it_stands_before_the_kernel_that_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    register()
+    register()
+    kernels = linear._POSSIBLE_KERNELS[PlatformEnum.CPU]
+    assert kernels.count(VnniFourBitKernel) == 1
+    assert kernels.index(VnniFourBitKernel) == kernels.index(CPUWNA16LinearKernel) - 1
+    assert linear.choose_mp_linear_kernel(config(576, 192, 64, True)) is VnniFourBitKernel
+    assert linear.choose_mp_linear_kernel(config(576, 192, 192, True)) is CPUWNA16LinearKernel
+    assert linear.choose_mp_linear_kernel(config(576, 192, -1, False)) is CPUWNA16LinearKernel
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
+    assert linear.choose_mp_linear_kernel(config(576, 192, 64, True)) is CPUWNA16LinearKernel
+
+
+def test_vllms_own_still_asks_for_amx() -> None:
+    """It fails when vLLM no longer does: four_bit_linear.py can go then."""
+    made, _ = layer(576, 192, 64, True)
+    kernel = CPUWNA16LinearKernel(config(576, 192, 64, True), "weight_packed", "weight_scale", "weight_zero_point")
+    kernel.process_weights_after_loading(made)
+    assert not made.use_w4a8

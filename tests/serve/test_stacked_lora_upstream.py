@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.lora import utils as lora_utils
 from vllm.lora.layers import utils
 from vllm.lora.ops.torch_ops import lora_ops
 
@@ -25,3 +26,6 @@ def test_stock_vllm_still_takes_no_adapter_over_a_layer_whose_weight_onednn_keep
     layer: Any = SimpleNamespace(weight=None)
     with pytest.raises(AttributeError):
         utils._get_lora_device(layer)
+    head: Any = SimpleNamespace(weight=None, embedding_dim=8, get_sharded_to_full_mapping=None)
+    with pytest.raises(AttributeError):
+        lora_utils.from_layer_logits_processor(layer, head, 1, layer)

@@ -30,20 +30,22 @@ class Several:
 
 
 def rounded(base: Path, out: Path) -> Path:
-    """A compressed-tensors checkpoint: int8 weights with a scale for each output channel, int8 inputs with one for each token."""
+    """A compressed-tensors checkpoint, its head too: int8 weights with a scale for each output channel, int8 inputs with one for each
+    token."""
     out.mkdir()
     for file in base.iterdir():
         if file.suffix != ".safetensors":
             (out / file.name).write_bytes(file.read_bytes())
     tensors = load_file(base / "model.safetensors")
-    for name in [name for name in tensors if "_proj." in name]:
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"].clone())
+    for name in [name for name in tensors if "_proj." in name or "lm_head" in name]:
         scale_O1 = tensors[name].abs().amax(1, keepdim=True) / 127
         tensors[name] = (tensors[name] / scale_O1).round().to(torch.int8)
         tensors[name.replace("weight", "weight_scale")] = scale_O1
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     number = {"num_bits": 8, "type": "int", "symmetric": True}
     group = {
-        "targets": ["Linear"],
+        "targets": ["Linear", "re:.*lm_head"],
         "weights": number | {"strategy": "channel", "dynamic": False},
         "input_activations": number | {"strategy": "token", "dynamic": True},
     }
@@ -51,11 +53,11 @@ def rounded(base: Path, out: Path) -> Path:
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": [],
         "config_groups": {"group_0": group},
     }
     config = json.loads((base / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    (out / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False, "quantization_config": quantization}))
     return out
 
 

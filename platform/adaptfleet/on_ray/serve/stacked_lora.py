@@ -8,7 +8,8 @@ Expires when vLLM leaves rows of slot -1 alone, takes such layers, and its CPU L
 `tests/serve/test_stacked_lora_upstream.py` fails when the first or the second is so.
 """
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.lora.punica_wrapper import PunicaWrapperBase
@@ -22,6 +23,7 @@ def register() -> None:
     if not current_platform.is_cpu():
         return
     import torch
+    from vllm.lora import model_manager
     from vllm.lora.layers import base_linear
     from vllm.lora.layers.base import BaseLayerWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
@@ -36,8 +38,18 @@ def register() -> None:
     if punica_cpu.PunicaWrapperCPU is StackedPunicaWrapper:
         return
     punica_cpu.PunicaWrapperCPU = StackedPunicaWrapper  # type: ignore[misc]
-    # asked for the device of its weight, a layer fails whose weight oneDNN keeps: 8 bits on a CPU without AMX
+    # asked for its weight's device or type, a layer fails whose weight oneDNN keeps: 8 bits on a CPU without AMX
     base_linear._get_lora_device = lambda base_layer: torch.device("cpu")
+    wrap_logits = model_manager.from_layer_logits_processor
+
+    def wrap_logits_of_any_head(layer: Any, lm_head: Any, max_loras: int, lora_config: Any, *further: Any) -> Any:
+        if lm_head.weight is None:
+            weight = torch.empty(0, dtype=lora_config.lora_dtype)
+            mapping = lm_head.get_sharded_to_full_mapping
+            lm_head = SimpleNamespace(embedding_dim=lm_head.embedding_dim, weight=weight, get_sharded_to_full_mapping=mapping)
+        return wrap_logits(layer, lm_head, max_loras, lora_config, *further)
+
+    model_manager.from_layer_logits_processor = wrap_logits_of_any_head
     activate = LoRAModelManager.activate_adapter
 
     def activate_adapter(self: LoRAModelManager, lora_id: int) -> bool:

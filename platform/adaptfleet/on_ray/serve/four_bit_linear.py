@@ -1,8 +1,8 @@
 """A part of the vLLM plug-in: layers of 4 bits at speed on a CPU with AVX512-VNNI and without AMX.
 
-vLLM multiplies such layers with activations rounded to 8 bits where there is AMX, and asks for it; elsewhere it widens the weights to float32,
-which decodes at half the speed of bfloat16 ones. The same operation runs on AVX512-VNNI, faster than bfloat16 for one row and for a thousand.
-VLLM_CPU_INT4_W4A8=0 keeps the activations whole on both kinds of CPU.
+vLLM multiplies such layers with activations rounded to 8 bits where there is AMX, and asks for it; elsewhere it widens the weights
+to float32, which decodes at half the speed of bfloat16 ones. The same operation runs on AVX512-VNNI, faster than bfloat16 for one
+row and for a thousand. VLLM_CPU_INT4_W4A8=0 keeps the activations whole on both kinds of CPU.
 
 Expires when vLLM asks for AVX512-VNNI itself; `tests/serve/test_four_bit_linear.py` fails when it does.
 """

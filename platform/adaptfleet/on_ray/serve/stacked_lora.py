@@ -22,9 +22,6 @@ def register() -> None:
 
     if not current_platform.is_cpu():
         return
-    import torch
-    from vllm.lora import model_manager
-    from vllm.lora.layers import base_linear
     from vllm.lora.layers.base import BaseLayerWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper import punica_cpu
@@ -38,18 +35,7 @@ def register() -> None:
     if punica_cpu.PunicaWrapperCPU is StackedPunicaWrapper:
         return
     punica_cpu.PunicaWrapperCPU = StackedPunicaWrapper  # type: ignore[misc]
-    # asked for its weight's device or type, a layer fails whose weight oneDNN keeps: 8 bits on a CPU without AMX
-    base_linear._get_lora_device = lambda base_layer: torch.device("cpu")
-    wrap_logits = model_manager.from_layer_logits_processor
-
-    def wrap_logits_of_any_head(layer: Any, lm_head: Any, max_loras: int, lora_config: Any, *further: Any) -> Any:
-        if lm_head.weight is None:
-            weight = torch.empty(0, dtype=lora_config.lora_dtype)
-            mapping = lm_head.get_sharded_to_full_mapping
-            lm_head = SimpleNamespace(embedding_dim=lm_head.embedding_dim, weight=weight, get_sharded_to_full_mapping=mapping)
-        return wrap_logits(layer, lm_head, max_loras, lora_config, *further)
-
-    model_manager.from_layer_logits_processor = wrap_logits_of_any_head
+    _take_layers_without_weight()
     activate = LoRAModelManager.activate_adapter
 
     def activate_adapter(self: LoRAModelManager, lora_id: int) -> bool:
@@ -73,3 +59,24 @@ def register() -> None:
             self.__dict__["base_layer"] = self._modules["base_layer"]
 
     BaseLayerWithLoRA.set_mapping = set_mapping_and_base  # type: ignore[method-assign]
+
+
+def _take_layers_without_weight() -> None:
+    """A layer of 8 bits, on a CPU without AMX: its weight is oneDNN's to keep, and vLLM asks it for the weight's device, of a head for its
+    type."""
+    import torch
+    from vllm.lora import model_manager
+    from vllm.lora.layers import base_linear
+
+    base_linear._get_lora_device = lambda base_layer: torch.device("cpu")
+    upstream: Any = model_manager
+    wrap = upstream.from_layer_logits_processor
+
+    def wrapped(layer: Any, lm_head: Any, max_loras: int, lora_config: Any, *further: Any) -> Any:
+        if lm_head.weight is None:
+            weight = torch.empty(0, dtype=lora_config.lora_dtype)
+            mapping = lm_head.get_sharded_to_full_mapping
+            lm_head = SimpleNamespace(embedding_dim=lm_head.embedding_dim, weight=weight, get_sharded_to_full_mapping=mapping)
+        return wrap(layer, lm_head, max_loras, lora_config, *further)
+
+    upstream.from_layer_logits_processor = wrapped

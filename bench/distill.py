@@ -304,12 +304,16 @@ def interval(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "num_seeds": len(values)}
 
 
+def _setting(of: dict[str, Any]) -> tuple[str, str, int, int]:
+    return of["data"], of["student"], of["rows"], of["steps"]
+
+
 def summary(args: argparse.Namespace) -> None:
     results = [json.loads(file.read_text()) for file in sorted((WORK / "runs").glob("*/result.json"))]
     groups: dict[tuple[str, str, int, int], dict[str, dict[float, dict[int, Any]]]] = {}
     for result in results:
         s = result["settings"]
-        by_rate = groups.setdefault((s["data"], s["student"], s["rows"], s["steps"]), {}).setdefault(s["arm"], {})
+        by_rate = groups.setdefault(_setting(s), {}).setdefault(s["arm"], {})
         by_rate.setdefault(s["learning_rate"], {})[s["seed"]] = result
     tables = []
     for (data, student, rows, steps), arms in sorted(groups.items()):
@@ -321,7 +325,8 @@ def summary(args: argparse.Namespace) -> None:
             rate = min(rates, key=lambda r: statistics.fmean(v["validation"]["loss"] for v in rates[r].values()))
             best[arm] = (rate, rates[rate])
         untrained = json.loads((WORK / f"begun-{student}.json").read_text())
-        table: dict[str, Any] = {"data": data, "student": student, "rows": rows, "steps": steps, "untrained": untrained, "arms": {}}
+        table: dict[str, Any] = {"data": data, "student": student, "rows": rows, "steps": steps, "held_out_rows": NUM_HELD_OUT}
+        table |= {"untrained": untrained, "arms": {}}
         for arm, (rate, seeds) in best.items():
             metrics = [m for m in METRICS if all(m in r["held_out"] for r in seeds.values())]
             entry: dict[str, Any] = {"learning_rate": rate, "tokens": next(iter(seeds.values()))["tokens"], "seeds": sorted(seeds)}
@@ -333,7 +338,11 @@ def summary(args: argparse.Namespace) -> None:
             table["arms"][arm] = entry
         tables.append(table)
     teacher = json.loads((WORK / "teacher" / "facts.json").read_text())
-    shape = {"pack_tokens": PACK_TOKENS, "packs_per_step": STUDENT_PACKS, "held_out_rows": NUM_HELD_OUT, "held_out_texts": NUM_TEXTS}
+    shape = {"pack_tokens": PACK_TOKENS, "packs_per_step": STUDENT_PACKS, "held_out_texts": NUM_TEXTS}
+    # what an earlier call reported of settings that this folder has no runs of
+    earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"tables": [], "runs": []}
+    tables += [table for table in earlier["tables"] if _setting(table) not in groups]
+    results += [result for result in earlier["runs"] if _setting(result["settings"]) not in groups]
     report = {
         "teacher": teacher,
         "students": {

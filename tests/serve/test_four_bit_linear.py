@@ -11,11 +11,15 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import pack_quant
 from vllm.platforms.interface import PlatformEnum
 from vllm.scalar_type import scalar_types
 
-from adaptfleet.core.models.device import cpu_flags
+from adaptfleet.on_ray.serve import four_bit_linear
 from adaptfleet.on_ray.serve.four_bit_linear import VnniFourBitKernel, register
 
-HERE = "avx512_vnni" in cpu_flags() and not torch.cpu._is_amx_tile_supported()
-pytestmark = pytest.mark.skipif(not HERE, reason="for CPUs with AVX512-VNNI and without AMX")
+
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is AMX: the operation is the same one."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(four_bit_linear, "cpu_flags", lambda: frozenset({"avx512_vnni"}))
 
 
 def parameter(data: torch.Tensor, **places: int) -> Any:
@@ -79,8 +83,15 @@ def test_it_stands_before_the_kernel_that_it_replaces(monkeypatch: pytest.Monkey
     assert linear.choose_mp_linear_kernel(config(576, 192, 64, True)) is VnniFourBitKernel
     assert linear.choose_mp_linear_kernel(config(576, 192, 192, True)) is CPUWNA16LinearKernel
     assert linear.choose_mp_linear_kernel(config(576, 192, -1, False)) is CPUWNA16LinearKernel
-    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
-    assert linear.choose_mp_linear_kernel(config(576, 192, 64, True)) is CPUWNA16LinearKernel
+    with monkeypatch.context() as patched:
+        patched.setenv("VLLM_CPU_INT4_W4A8", "0")
+        assert linear.choose_mp_linear_kernel(config(576, 192, 64, True)) is CPUWNA16LinearKernel
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        assert linear.choose_mp_linear_kernel(config(576, 192, 64, True)) is CPUWNA16LinearKernel
+    with monkeypatch.context() as patched:
+        patched.setattr(four_bit_linear, "cpu_flags", lambda: frozenset({"avx2"}))
+        assert linear.choose_mp_linear_kernel(config(576, 192, 64, True)) is CPUWNA16LinearKernel
 
 
 def test_vllms_own_still_asks_for_amx() -> None:

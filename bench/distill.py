@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import sys
@@ -214,6 +215,12 @@ def make_teacher(args: argparse.Namespace) -> bool:
     return True
 
 
+def known_arm(name: str) -> str:
+    if not re.fullmatch(rf"ce|({'|'.join(DIVERGENCES)})-[\d.]+(-[th][\d.]+)*", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is no arm; allowed: ce, or kd, rkl, jsd with an alpha, such as kd-0.5, kd-1.0-t2-h0.5")
+    return name
+
+
 def objective_of(arm: str, student: Any, teacher: Any) -> Any:
     """None for plain cross-entropy."""
     from adaptfleet.contracts.distillation import Distillation
@@ -378,7 +385,7 @@ def main() -> None:
     runs = actions.add_parser("run")
     runs.add_argument("--data", choices=["task", "text"], default="task")
     runs.add_argument("--student", choices=["width", "narrow", "depth"], default="width")
-    runs.add_argument("--arms", nargs="+", default=["ce", "kd-0.5", "kd-1.0"])
+    runs.add_argument("--arms", nargs="+", type=known_arm, default=["ce", "kd-0.5", "kd-1.0"])
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runs.add_argument("--learning-rates", nargs="+", type=float, default=[2e-4])
     runs.add_argument("--rows", type=int, default=60)

@@ -26,12 +26,13 @@ def register() -> None:
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper import punica_cpu
 
-    from adaptfleet.on_ray.serve import four_bit_linear, patient_queues, rounded_embedding
+    from adaptfleet.on_ray.serve import layer_kernels, patient_queues, rounded_embedding, vnni_linear
     from adaptfleet.on_ray.serve.stacked_punica import StackedPunicaWrapper
 
-    four_bit_linear.register()
+    layer_kernels.register()
     patient_queues.register()
     rounded_embedding.register()
+    vnni_linear.register()
     if punica_cpu.PunicaWrapperCPU is StackedPunicaWrapper:
         return
     punica_cpu.PunicaWrapperCPU = StackedPunicaWrapper  # type: ignore[misc]

@@ -1,5 +1,7 @@
-"""Layers of 4 bits on a CPU with AVX512-VNNI and without AMX, against the weights that their codes stand for."""
+"""Layers of 4 and of 8 bits on a CPU with AVX512-VNNI and without AMX, against the weights that their codes stand for."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,19 +9,21 @@ import torch
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear.mixed_precision import MPLinearLayerConfig
 from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm import Int8ScaledMMLinearLayerConfig
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.utils.quant_utils import pack_quantized_values_into_int32
 from vllm.platforms.interface import PlatformEnum
 from vllm.scalar_type import scalar_types
 
-from adaptfleet.on_ray.serve import four_bit_linear
-from adaptfleet.on_ray.serve.four_bit_linear import VnniFourBitKernel, register
+from adaptfleet.on_ray.serve import vnni_linear
+from adaptfleet.on_ray.serve.vnni_linear import VnniEightBitKernel, VnniFourBitKernel, register
 
 
 @pytest.fixture(autouse=True)
 def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where there is AMX: the operation is the same one."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(four_bit_linear, "cpu_flags", lambda: frozenset({"avx512_vnni"}))
+    monkeypatch.setattr(vnni_linear, "cpu_flags", lambda: frozenset({"avx512_vnni"}))
 
 
 def parameter(data: torch.Tensor, **places: int) -> Any:
@@ -74,6 +78,51 @@ def test_it_multiplies_by_the_weights(inputs: int, outputs: int, group: int, is_
         assert ((found.float() - expected).norm() / expected.norm()) < 0.02
 
 
+@pytest.fixture
+def bfloat16_model() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+
+
+def eight_bit_layer(inputs: int, outputs: int) -> tuple[Any, torch.Tensor]:
+    """A layer as vLLM loads it from a compressed-tensors checkpoint, and its weight [M, K]."""
+    generator = torch.Generator().manual_seed(inputs + outputs)
+    codes_MK = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int32).to(torch.int8)
+    scale_M1 = torch.rand(outputs, 1, generator=generator, dtype=torch.float32) / 100 + 0.001
+    made: Any = torch.nn.Module()
+    made.weight, made.weight_scale, made.logical_widths, made.bias = parameter(codes_MK), parameter(scale_M1), [outputs], None
+    for name in EIGHT_BIT_NAMES[2:]:
+        made.register_parameter(name, None)
+    return made, codes_MK.float() * scale_M1
+
+
+EIGHT_BIT_NAMES = ("weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj")
+EIGHT_BIT = Int8ScaledMMLinearLayerConfig(is_static_input_scheme=False, is_channelwise=True, input_symmetric=True)
+
+
+@pytest.mark.usefixtures("bfloat16_model")
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 960), (1536, 576), (608, 48), (40, 72)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_it_multiplies_by_weights_of_8_bits(inputs: int, outputs: int, has_bias: bool) -> None:
+    made, weight_MK = eight_bit_layer(inputs, outputs)
+    bias_M = torch.randn(outputs)
+    if has_bias:
+        made.bias = parameter(bias_M.bfloat16())
+    kernel = VnniEightBitKernel(EIGHT_BIT, EIGHT_BIT_NAMES)
+    kernel.process_weights_after_loading(made)
+    is_for_it = inputs % 32 == 0 and outputs % 32 == 0
+    assert (made.weight is not None) == is_for_it
+    for rows in (1, 4, 18, 70):
+        x = torch.randn(rows, inputs).bfloat16()
+        expected = x.float() @ weight_MK.T + (bias_M.bfloat16().float() if has_bias else 0)
+        found = kernel.apply_weights(made, x, made.bias)
+        assert found.dtype == torch.bfloat16
+        # each activation is rounded to one of 255 steps of its row
+        assert ((found.float() - expected).norm() / expected.norm()) < 0.02
+
+
 def test_it_stands_before_the_kernel_that_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
     register()
     register()
@@ -90,13 +139,44 @@ def test_it_stands_before_the_kernel_that_it_replaces(monkeypatch: pytest.Monkey
         patched.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
         assert linear.choose_mp_linear_kernel(config(576, 192, 64, True)) is CPUWNA16LinearKernel
     with monkeypatch.context() as patched:
-        patched.setattr(four_bit_linear, "cpu_flags", lambda: frozenset({"avx2"}))
+        patched.setattr(vnni_linear, "cpu_flags", lambda: frozenset({"avx2"}))
         assert linear.choose_mp_linear_kernel(config(576, 192, 64, True)) is CPUWNA16LinearKernel
 
 
-def test_vllms_own_still_asks_for_amx() -> None:
-    """It fails when vLLM no longer does: four_bit_linear.py can go then."""
+def test_vllms_own_of_4_bits_still_asks_for_amx() -> None:
+    """It fails when vLLM no longer does: the kernel of four bits in vnni_linear.py can go then."""
     made, _ = layer(576, 192, 64, True)
     kernel = CPUWNA16LinearKernel(config(576, 192, 64, True), "weight_packed", "weight_scale", "weight_zero_point")
     kernel.process_weights_after_loading(made)
     assert not made.use_w4a8
+
+
+@pytest.mark.usefixtures("bfloat16_model")
+def test_vllms_own_of_8_bits_still_asks_for_amx() -> None:
+    """It fails when vLLM no longer does: the kernel of eight bits in vnni_linear.py can go then."""
+    made, _ = eight_bit_layer(576, 960)
+    CPUInt8ScaledMMLinearKernel(EIGHT_BIT, EIGHT_BIT_NAMES).process_weights_after_loading(made)
+    assert made.weight is None
+
+
+@pytest.mark.usefixtures("bfloat16_model")
+def test_the_kernel_of_8_bits_stands_before_the_one_that_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    register()
+    register()
+    kernels = linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU]
+    assert kernels.count(VnniEightBitKernel) == 1
+
+    def chosen(config: Int8ScaledMMLinearLayerConfig = EIGHT_BIT) -> type:
+        return linear.choose_scaled_mm_linear_kernel(config, linear._POSSIBLE_INT8_KERNELS, quantization="int8_w8a8")
+
+    assert chosen() is VnniEightBitKernel
+    assert chosen(replace(EIGHT_BIT, is_static_input_scheme=True)) is CPUInt8ScaledMMLinearKernel
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_default_dtype", lambda: torch.float32)
+        assert chosen() is CPUInt8ScaledMMLinearKernel
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        assert chosen() is CPUInt8ScaledMMLinearKernel
+    with monkeypatch.context() as patched:
+        patched.setattr(vnni_linear, "cpu_flags", lambda: frozenset({"avx2"}))
+        assert chosen() is CPUInt8ScaledMMLinearKernel

@@ -1,11 +1,12 @@
-"""A teacher and a smaller student of one tokenizer, made in code."""
+"""A teacher and a smaller student of one tokenizer, made in code, and another tokenizer."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.training.conftest import VOCABULARY, make_tokenizer, with_large_weights, write_sums
 
@@ -23,6 +24,24 @@ def make_llama(shape: str, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     )
     config._attn_implementation = "sdpa"
     return with_large_weights(LlamaForCausalLM(config))
+
+
+def make_other_tokenizer() -> PreTrainedTokenizerFast:
+    """Other tokens and another template than `make_tokenizer`: a space is a token of its own, punctuation joins its word."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["two? two? three. It and and? What so. or "] * 9, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<s>")
+    fast.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    return fast
 
 
 @pytest.fixture(scope="session")

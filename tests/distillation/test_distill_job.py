@@ -18,6 +18,7 @@ from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import DistillJob, FinetuneJob, stored_job
 from adaptfleet.contracts.loading import parse_contract
 from adaptfleet.store.registry import Registry
+from tests.distillation.conftest import make_llama, make_other_tokenizer
 from tests.training.conftest import make_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -144,6 +145,21 @@ def test_a_student_learns_from_its_own_answers(local_cluster: Any, contract: Cal
     assert len(losses(job)) == 6 and Registry.open().resolve("small-on-policy").kind == "model"
 
 
+def test_a_teacher_of_another_tokenizer_teaches_by_pieces_of_text(local_cluster: Any, contract: Callable[..., Job], tmp_path: Path) -> None:
+    other = tmp_path / "other-teacher"
+    make_llama("teacher", 360).save_pretrained(other)
+    make_other_tokenizer().save_pretrained(other)
+    objective = {"teacher": {"source": str(other), "dtype": "float32"}, "unit": "piece", "temperature": 10.0}
+    job = contract("small-by-pieces", objective=objective, cluster={"workers": 2})
+    result = run(job, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert losses(job)[-1] < 0.9 * losses(job)[0]
+    manifest = Registry.open().resolve("small-by-pieces")
+    assert any(parent.startswith("teacher:other-teacher:") for parent in manifest.parents)
+    # the student is served with its own tokenizer
+    assert (run_folder(job) / "model" / "chat_template.jinja").read_text() == make_tokenizer().chat_template
+
+
 def test_a_teacher_of_another_vocabulary_is_refused_before_training(
     embedded_home: Path, contract: Callable[..., Job], model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -156,7 +172,11 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_training(
     tokenizer.save_pretrained(other)
     result = run(contract("refused", objective={"teacher": {"source": str(other)}}, data={"train": "missing.jsonl"}), tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "another vocabulary than the student" in result.stderr and "missing.jsonl" in result.stderr
+    assert (
+        "another vocabulary than the student" in result.stderr
+        and "objective.unit=piece" in result.stderr
+        and "missing.jsonl" in result.stderr
+    )
 
 
 @pytest.mark.parametrize(

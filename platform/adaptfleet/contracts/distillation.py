@@ -79,14 +79,18 @@ class Distillation(Spec):
 
     kind: Literal["distill"] = "distill"
     teacher: ModelSpec
-    """Of the student's vocabulary. Frozen, and no part of what is saved."""
+    """Of the student's vocabulary, or of any where `unit` is `piece`. Frozen, and no part of what is saved."""
+    unit: Literal["token", "piece"] = "token"
+    """What a divergence is of. `token`: the distribution of the next token. `piece`: a piece of text that both tokenizers have, how likely
+    it is and how likely any other; for a teacher of another tokenizer."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """`forward_kl`: KL(teacher || student), covers all that the teacher may say. `reverse_kl`: KL(student || teacher), keeps to what it
     most likely says. `jsd`: generalised Jensen-Shannon, between the two."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Of `jsd` alone: beta KL(teacher || m) + (1 - beta) KL(student || m), where m = beta teacher + (1 - beta) student."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Logits of both are divided by it. The divergence is multiplied by its square: gradients keep their size (arXiv 1503.02531)."""
+    """Logits of both (of a piece: its log probabilities) are divided by it. The divergence is multiplied by its square (of a piece: by it):
+    gradients keep their size (arXiv 1503.02531)."""
     alpha: Share = 0.5
     """Share of the divergence; the rest is the hard labels'. An answer that the student wrote itself has no hard labels."""
     align: Alignment = Alignment()
@@ -98,6 +102,12 @@ class Distillation(Spec):
             raise ValueError(f"beta is {self.beta}, but divergence {self.divergence!r} has none; leave it out, or use jsd")
         if self.alpha == 0 and not self.align.is_on:
             raise ValueError("alpha is 0 and nothing is aligned, so the teacher would do nothing; raise alpha, or use jobs/finetune.py")
+        if self.unit == "piece" and self.align.is_on:
+            raise ValueError(
+                "align compares layers token by token, which models of two tokenizers do not share; set unit token, or align nothing"
+            )
+        if self.unit == "piece" and self.source.kind != "online":
+            raise ValueError(f"source.kind {self.source.kind!r} is for a teacher of the student's tokenizer; with unit piece use online")
         if self.source.kind == "offline" and self.align.is_on:
             raise ValueError("align needs the teacher's layers, which source.kind 'offline' does not keep; use source.kind online")
         if self.source.kind == "on_policy" and self.alpha == 0:

@@ -1,11 +1,14 @@
 """Whether a teacher can teach a student, found from tokenizers and configs alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptfleet.contracts.distillation import Alignment
 from adaptfleet.contracts.errors import ContractError, ModelError
+from adaptfleet.core.distill.shared_text import TokenBytes, shared_pieces
 
+LEAST_SHARED = 0.8
+"""Of the answers' tokens, in pieces that both tokenizations have."""
 _MAX_SHOWN = 3
 
 
@@ -20,8 +23,20 @@ def check_vocabularies(student: Any, teacher: Any, teacher_name: str) -> None:
     raise ModelError(
         f"the teacher {teacher_name!r} has another vocabulary than the student: {len(theirs):,} and {len(mine):,} tokens, of which "
         f"{len(different):,} differ, such as {shown}. Distributions are compared token by token: use a teacher of the student's "
-        f"tokenizer, or train on the teacher's answers as rows (jobs/finetune.py)."
+        f"tokenizer, set objective.unit=piece, or train on the teacher's answers as rows (jobs/finetune.py)."
     )
+
+
+def check_pieces(mine: Sequence[Any], theirs: Sequence[Any], my_bytes: TokenBytes, their_bytes: TokenBytes, teacher_name: str) -> None:
+    """ModelError where the rows' answers hardly share a piece in the two tokenizations: there is nothing to compare."""
+    shared = [shared_pieces(a, b, my_bytes, their_bytes) for a, b in zip(mine, theirs, strict=True)]
+    num_tokens = sum(len(pieces.mine_N) for pieces in shared)
+    num_shared = sum(int((pieces.mine_N >= 0).sum()) for pieces in shared)
+    if num_shared < LEAST_SHARED * num_tokens:
+        raise ModelError(
+            f"only {num_shared} of {num_tokens} answer tokens of the first {len(shared)} rows lie in pieces that they share with the "
+            f"teacher {teacher_name!r}: the chat templates write answers differently. Use a teacher whose template writes them as they are."
+        )
 
 
 def check_alignment(align: Alignment, student: Any, teacher: Any) -> None:

@@ -8,14 +8,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, PreTrainedModel
 
 from adaptfleet.contracts.distillation import Distillation, Offline, OnPolicy
-from adaptfleet.contracts.jobs import FinetuneJob
+from adaptfleet.contracts.jobs import FinetuneJob, TrainSpec
 from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.contracts.objectives import Objective as ObjectiveSpec
 from adaptfleet.contracts.serving import ServingSpec
+from adaptfleet.core.data.datasets import DatasetIndex
+from adaptfleet.core.data.token_cache import Encoder, Execute, tokenise, tokenizer_sha256
 from adaptfleet.core.data.tokens import Rows
-from adaptfleet.core.distill.compatibility import check_alignment, check_vocabularies
+from adaptfleet.core.distill.compatibility import check_alignment, check_pieces, check_vocabularies
 from adaptfleet.core.distill.objective import KnowledgeDistillation
 from adaptfleet.core.distill.on_policy import OnPolicyDistillation
+from adaptfleet.core.distill.pieces import PieceDistillation, TextTeacher
+from adaptfleet.core.distill.shared_text import TokenBytes
 from adaptfleet.core.distill.teacher_logits import LogitFiles, OfflineTeacher
 from adaptfleet.core.distill.teachers import OnlineTeacher
 from adaptfleet.core.methods.adaptation import AdaptedModel
@@ -24,6 +28,10 @@ from adaptfleet.core.packed_forward import plain_base
 from adaptfleet.core.sharding import shard
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.store.registry import Registry
+
+_LONGEST_ROW = 1 << 20
+"""Of a teacher whose configuration names no positions."""
+_ROWS_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,31 @@ def find_teacher(spec: Distillation, student: ModelSpec, student_folder: Path, t
     name = ServingSpec(model=spec.teacher).base_id()
     if local != spec.teacher:
         name = registry.resolve(spec.teacher.source).reference
-    check_vocabularies(tokenizer, load_tokenizer(folder, spec.teacher.trust_remote_code), name)
+    if spec.unit == "token":
+        check_vocabularies(tokenizer, load_tokenizer(folder, spec.teacher.trust_remote_code), name)
     config = AutoConfig.from_pretrained(student_folder, trust_remote_code=student.trust_remote_code)
     if spec.align.is_on:
         check_alignment(spec.align, config, AutoConfig.from_pretrained(folder, trust_remote_code=spec.teacher.trust_remote_code))
     return FoundTeacher(name, base_revision(folder), folder, config.vocab_size)
+
+
+def rows_of_teacher(
+    spec: Distillation, found: FoundTeacher, tokenizer: Any, dataset: DatasetIndex, train: TrainSpec, rows: Rows, execute: Execute
+) -> Rows:
+    """The training rows in the tokens of a teacher of another tokenizer, under the same numbers. A row may be as long as the teacher has
+    positions; longer ones are cut where the student's may be.
+
+    ModelError or DataError: the teacher cannot read them, or the two tokenizations share too little.
+    """
+    config = AutoConfig.from_pretrained(found.folder, trust_remote_code=spec.teacher.trust_remote_code)
+    theirs = load_tokenizer(found.folder, spec.teacher.trust_remote_code)
+    longest = getattr(config, "max_position_embeddings", None) or _LONGEST_ROW
+    tokens = tokenise(dataset, Encoder(theirs, longest, train.truncate), tokenizer_sha256(found.folder, theirs), execute)
+    teachers = tokens.rows(tokens.train)
+    some = range(min(_ROWS_COMPARED, len(rows)))
+    sides = TokenBytes(tokenizer, "the student"), TokenBytes(theirs, found.name)
+    check_pieces([rows[i] for i in some], [teachers[i] for i in some], *sides, found.name)
+    return teachers
 
 
 def load_teacher(spec: Distillation, folder: str) -> PreTrainedModel:
@@ -83,6 +111,18 @@ def distillation(
     if isinstance(spec.source, OnPolicy):
         return OnPolicyDistillation(spec, spec.source, online, student, end_ids, job.train.seed)
     return KnowledgeDistillation(spec, online, student)
+
+
+def piece_distillation(
+    job: FinetuneJob, tokenizer: Any, teacher: PreTrainedModel, rows: Rows, teachers: Rows, mesh: DeviceMesh | None, folder: str
+) -> PieceDistillation:
+    """The same of a teacher of another tokenizer, which lies in `folder`."""
+    spec = job.objective
+    assert isinstance(spec, Distillation)
+    theirs = load_tokenizer(Path(folder), spec.teacher.trust_remote_code)
+    pack_tokens = max(job.train.pack_tokens, int(teachers.lengths.max()))
+    reader = TextTeacher(teacher, teachers, pack_tokens, theirs.pad_token_id, shard(teacher, mesh) if mesh else None)
+    return PieceDistillation(spec, reader, rows, TokenBytes(tokenizer, "the student"), TokenBytes(theirs, "the teacher"))
 
 
 def end_ids(student: AdaptedModel, tokenizer: Any) -> set[int]:

@@ -58,7 +58,7 @@ def run_finetune(job: FinetuneJob) -> str:
 def _describe(job: FinetuneJob, prepared: Prepared, folder: RunFolder) -> None:
     """Writes what the workers read and what explains the run."""
     plan = prepared.plan
-    folder.write_rows(prepared.train_rows, prepared.test_rows, plan, prepared.test_examples)
+    folder.write_rows(prepared.train_rows, prepared.test_rows, plan, prepared.test_examples, prepared.teachers_rows)
     facts = {
         "base": prepared.base,
         "base_revision": prepared.base_revision,

@@ -27,7 +27,7 @@ from adaptfleet.core.recomputation import check_recomputable
 from adaptfleet.core.steps import StepPlan, plan_steps
 from adaptfleet.core.tensor_parallel import check_splittable
 from adaptfleet.on_ray.data.execution import choose_execution
-from adaptfleet.on_ray.distill.teacher import FoundTeacher, find_teacher
+from adaptfleet.on_ray.distill.teacher import FoundTeacher, find_teacher, rows_of_teacher
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.store.registry import Registry
 
@@ -44,6 +44,8 @@ class Prepared:
     """The first of the test rows that have a prompt, to be answered."""
     plan: StepPlan
     teacher: FoundTeacher | None = None
+    teachers_rows: Rows | None = None
+    """The training rows in the tokens of a teacher of another tokenizer."""
 
 
 def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], None]) -> Prepared:
@@ -79,16 +81,20 @@ def prepare(job: FinetuneJob, registry: Registry, join_cluster: Callable[[], Non
         encoder = Encoder(tokenizer, job.train.pack_tokens, job.train.truncate)
         execute = choose_execution(job.data.preprocess, len(dataset.train) + len(dataset.test), join_cluster)
         tokens = tokenise(dataset, encoder, tokenizer_sha256(folder, tokenizer), execute)
-    except DataError as error:
+        train_rows = tokens.rows(tokens.train)
+        teachers_rows = None
+        if isinstance(job.objective, Distillation) and job.objective.unit == "piece" and teacher is not None:
+            teachers_rows = rows_of_teacher(job.objective, teacher, tokenizer, dataset, job.train, train_rows, execute)
+    except (DataError, ModelError) as error:
         offenders.append(error)
     if offenders:
         raise type(offenders[0])("\n".join(map(str, offenders)))
-    train_rows = tokens.rows(tokens.train)
     shuffled = permutation(len(tokens.test), job.data.seed, epoch=0)
     num_answered = max(job.evaluation.max_generated_rows, job.evaluation.max_sample_rows)
     examples = _answerable(dataset, dataset.test[shuffled], num_answered)
     plan = plan_steps(train_rows, job.train, Mixture(tuple(map(len, tokens.train_parts)), dataset.weights))
-    return Prepared(base_id, base_revision(folder), dataset, train_rows, tokens.rows(tokens.test[shuffled]), examples, plan, teacher)
+    test_rows = tokens.rows(tokens.test[shuffled])
+    return Prepared(base_id, base_revision(folder), dataset, train_rows, test_rows, examples, plan, teacher, teachers_rows)
 
 
 def _check_forms(dataset: DatasetIndex, job: FinetuneJob) -> None:

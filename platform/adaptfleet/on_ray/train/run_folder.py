@@ -75,29 +75,33 @@ class RunFolder:
         file = self.path / name
         return json.loads(file.read_text()) if file.exists() else None
 
-    def write_rows(self, train: Rows, test: Rows, plan: StepPlan, examples: Sequence[Example]) -> None:
-        """What the workers train on and measure. The token files are links to the cache, so that clearing it takes nothing from a run."""
+    def write_rows(self, train: Rows, test: Rows, plan: StepPlan, examples: Sequence[Example], teachers: Rows | None = None) -> None:
+        """What the workers train on and measure. The token files are links to the cache, so that clearing it takes nothing from a run.
+
+        `teachers`: the training rows under the same numbers, in the tokens of a teacher of another tokenizer.
+        """
         target = self.path / "rows"
         target.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".rows-", dir=self.path) as folder:
             unfinished = Path(folder)
-            names = []
-            for number, tokens in enumerate(train.files):
-                names.append(f"{number:03}-{tokens.file.parent.name}.arrow")
-                _link(tokens.file, unfinished / names[-1])
+            for part, rows in (("files", train), ("teacher_files", teachers)):
+                names = []
+                for number, tokens in enumerate(rows.files if rows else ()):
+                    names.append(f"{number:03}-{tokens.file.parent.name}.arrow")
+                    _link(tokens.file, unfinished / names[-1])
+                (unfinished / f"{part}.json").write_text(json.dumps(names))
             np.save(unfinished / "train.npy", train.order_N)
             np.save(unfinished / "test.npy", test.order_N)
             plan.save(unfinished)
             lines = [json.dumps(example.as_row(), ensure_ascii=False) + "\n" for example in examples]
             (unfinished / "test.jsonl").write_text("".join(lines), encoding="utf-8")
-            (unfinished / "files.json").write_text(json.dumps(names))
             for file in unfinished.iterdir():
                 file.replace(target / file.name)
 
-    def read_rows(self, part: str) -> Rows:
-        """Mapped into memory."""
+    def read_rows(self, part: str, files: str = "files") -> Rows:
+        """Mapped into memory. `files`: `teacher_files` for the tokens of a teacher of another tokenizer."""
         folder = self.path / "rows"
-        names = json.loads((folder / "files.json").read_text())
+        names = json.loads((folder / f"{files}.json").read_text())
         return Rows([TokenFile(folder / name) for name in names], np.load(folder / f"{part}.npy", mmap_mode="r"))
 
     def read_plan(self) -> StepPlan:

@@ -21,6 +21,7 @@ from adaptfleet.contracts.methods import QLora
 from adaptfleet.core.checkpoint import read_progress, read_tensors, write_checkpoint
 from adaptfleet.core.compilation import compile_layers, should_compile
 from adaptfleet.core.data.examples import Example
+from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.evaluation.held_out import answer_scores, greedy_answers, held_out_loss, held_out_preferences
 from adaptfleet.core.export import export_model
 from adaptfleet.core.kernels import fuse_kernels
@@ -34,7 +35,7 @@ from adaptfleet.core.objectives import Objective, Preference, objective
 from adaptfleet.core.packed_forward import PackedBatch, check_packable
 from adaptfleet.core.recomputation import recompute_layers, should_recompute
 from adaptfleet.core.sharding import choose_placement, shard, worker_mesh
-from adaptfleet.on_ray.distill.teacher import captures_layers, distillation, end_ids, load_teacher
+from adaptfleet.on_ray.distill.teacher import captures_layers, distillation, end_ids, load_teacher, piece_distillation
 from adaptfleet.on_ray.published_models import at_hand
 from adaptfleet.on_ray.train.failures import leave
 from adaptfleet.on_ray.train.metrics_log import MetricsLog
@@ -127,13 +128,25 @@ class _FinetuneWorker:
         if not isinstance(spec, Distillation) or spec.source.kind == "offline":
             return None
         teacher = load_teacher(spec, self.facts["teacher"]["folder"])
-        check_packable(teacher, len(self.tokenizer), self.job.train.pack_tokens, int(self.rows.lengths.max()))
+        rows = self._teachers_rows() or self.rows
+        vocab_size = min(len(self.tokenizer), teacher.config.vocab_size)
+        check_packable(teacher, vocab_size, self.job.train.pack_tokens, int(rows.lengths.max()))
         return teacher
+
+    def _teachers_rows(self) -> Rows | None:
+        """In a teacher's own tokens, where it has another tokenizer."""
+        spec = self.job.objective
+        by_piece = isinstance(spec, Distillation) and spec.unit == "piece"
+        return self.folder.read_rows("train", "teacher_files") if by_piece else None
 
     def _objective(self, mesh: DeviceMesh | None) -> Objective:
         spec = self.job.objective
         if not isinstance(spec, Distillation):
             return objective(spec)
+        teachers = self._teachers_rows()
+        if teachers is not None:
+            assert self.teacher is not None
+            return piece_distillation(self.job, self.tokenizer, self.teacher, self.rows, teachers, mesh, self.facts["teacher"]["folder"])
         ends = end_ids(self.model, self.tokenizer)
         return distillation(self.job, self.facts["teacher"], self.model, self.teacher, self.rows, mesh, ends)
 

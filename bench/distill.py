@@ -6,17 +6,19 @@
 
 teacher  the embedded base fine-tuned (full) on the training rows of address-json
 student  width, narrow: the teacher with half, or three quarters, of its feed-forward channels pruned away and refitted, as
-         jobs/compress.py does it. depth: the teacher's base with every third layer taken out (30 -> 20). The same for every arm
+         jobs/compress.py does it. depth: the teacher's base with every third layer taken out (30 -> 20). tokens: the teacher with another
+         tokenizer, a third of its own's merges, and the embeddings of the tokens that are left. The same for every arm
 arms     ce: cross-entropy of the data's tokens. kd-A, rkl-A, jsd-A: forward KL, reverse KL, JSD from the teacher with alpha A (kd-1.0: no
-         hard labels). kd-A-tT: with temperature T; kd-A-hW: with hidden states held to the teacher's, at weight W. Every arm sees the same
-         packed rows in the same order and makes as many updates.
+         hard labels). kd-A-tT: with temperature T; kd-A-hW: with hidden states held to the teacher's, at weight W. piece-A: forward KL
+         on pieces of text, for a student of another tokenizer. Every arm sees the same packed rows in the same order and makes as many
+         updates.
 data     task: rows of address-json. text: docstrings, no row of the task, as one recovers a pruned model with whatever text is at hand
 seeds    another subset of `--rows` training rows or texts, in another order
 
 A run is one arm, seed and learning rate; what is not finished after `--seconds` goes on at the next call. Each is measured on what neither
-model saw: cross-entropy of a labelled token, exact match and field F1 of the task, cross-entropy of a token of text. The learning rate of
-each arm is chosen by the loss on a validation part of its own data, then compared: differences to `ce` of the same seeds, with 95%
-t-intervals over the seeds. Teacher and student are trained in full.
+model saw: cross-entropy of a labelled token, exact match and field F1 of the task, cross-entropy of a token of text. The learning rate is
+the one at which `ce` has the least loss on a validation part of the data, for every arm: what is searched is searched for `ce` alone. Then
+differences to `ce` of the same seeds, with 95% t-intervals over the seeds. Teacher and student are trained in full.
 Results: bench/results/distill.json, with all settings.
 """
 
@@ -36,17 +38,17 @@ from pathlib import Path
 from typing import Any
 
 from compress import docstrings
+from students import MERGES_KEPT, PACK_TOKENS, drop_layers, pruned, retokenised
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "platform"), str(REPOSITORY)]
 WORK = REPOSITORY / "build" / "bench-distill"
 RESULTS = REPOSITORY / "bench" / "results" / "distill.json"
-PACK_TOKENS, TEACHER_PACKS, STUDENT_PACKS = 256, 2, 4
+TEACHER_PACKS, STUDENT_PACKS = 2, 4
 NUM_VALIDATION, NUM_HELD_OUT, NUM_TEXTS, MAX_NEW_TOKENS = 48, 149, 64, 64
-NUM_CALIBRATION, WIDTH_TAKEN = 64, {"width": 0.5, "narrow": 0.75}
 TEACHER_STEPS, TEACHER_RATE = 240, 2e-4
 METRICS = ("loss", "exact_match", "field_f1", "text_loss")
-DIVERGENCES = {"kd": "forward_kl", "rkl": "reverse_kl", "jsd": "jsd"}
+DIVERGENCES = {"kd": "forward_kl", "rkl": "reverse_kl", "jsd": "jsd", "piece": "forward_kl"}
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t, by degrees of freedom."""
 
@@ -125,41 +127,6 @@ def loaded(source: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def drop_layers(model: Any) -> Any:
-    """Every third layer out: 0 1 . 3 4 . 6 7 . ..."""
-    import torch
-
-    kept = [layer for i, layer in enumerate(model.model.layers) if i % 3 != 2]
-    model.model.layers = torch.nn.ModuleList(kept)
-    for i, layer in enumerate(kept):
-        layer.self_attn.layer_idx = i
-    model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[: len(kept)]
-    return model
-
-
-def pruned(student: str, teacher: Any, tokenizer: Any, examples: list[Any]) -> Path:
-    """Made once: the teacher's checkpoint with fewer feed-forward channels."""
-    from adaptfleet.contracts.compression import Prune
-    from adaptfleet.core.data.encoding import encode_all
-    from adaptfleet.core.export import export_model
-    from adaptfleet.core.pruning.importance import measure
-    from adaptfleet.core.pruning.refit import refit
-    from adaptfleet.core.pruning.slicing import choose, sliced
-
-    folder = WORK / f"student-{student}"
-    if not folder.exists():
-        rows = encode_all(examples[:NUM_CALIBRATION], tokenizer, PACK_TOKENS)
-        model = copy.deepcopy(teacher)
-        kept = choose(model.config, Prune(mlp_width=WIDTH_TAKEN[student]), measure(model, rows, tokenizer.pad_token_id))
-        refit(model, kept, rows, tokenizer.pad_token_id)
-        unfinished = folder.with_suffix(".part")
-        export_model(sliced(model, kept), tokenizer, unfinished)
-        unfinished.rename(folder)
-    return folder
-
-
 def make_trainer(
     model: Any, rows: list[Any], pad_id: int, learning_rate: float, steps: int, packs: int, seed: int, objective: Any = None
 ) -> Any:
@@ -217,15 +184,20 @@ def make_teacher(args: argparse.Namespace) -> bool:
 
 def known_arm(name: str) -> str:
     if not re.fullmatch(rf"ce|({'|'.join(DIVERGENCES)})-[\d.]+(-[th][\d.]+)*", name):
-        raise argparse.ArgumentTypeError(f"{name!r} is no arm; allowed: ce, or kd, rkl, jsd with an alpha, such as kd-0.5, kd-1.0-t2-h0.5")
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no arm; allowed: ce, or kd, rkl, jsd, piece with an alpha, such as kd-0.5, kd-1.0-t2-h0.5"
+        )
     return name
 
 
-def objective_of(arm: str, student: Any, teacher: Any) -> Any:
-    """None for plain cross-entropy."""
+def objective_of(arm: str, student: Any, teacher: Any, own: Any, tokenizer: Any, examples: list[Any]) -> Any:
+    """None for plain cross-entropy. `own`: the student's tokenizer, `tokenizer`: the teacher's."""
     from adaptfleet.contracts.distillation import Distillation
     from adaptfleet.contracts.model import ModelSpec
+    from adaptfleet.core.data.encoding import encode_all
     from adaptfleet.core.distill.objective import KnowledgeDistillation
+    from adaptfleet.core.distill.pieces import PieceDistillation, TextTeacher
+    from adaptfleet.core.distill.shared_text import TokenBytes
     from adaptfleet.core.distill.teachers import OnlineTeacher
 
     if arm == "ce":
@@ -235,12 +207,17 @@ def objective_of(arm: str, student: Any, teacher: Any) -> Any:
     spec = Distillation.model_validate(
         {
             "teacher": ModelSpec(),
+            "unit": "piece" if kind == "piece" else "token",
             "divergence": DIVERGENCES[kind],
             "alpha": float(alpha),
             "temperature": options.get("t", 1.0),
             "align": {"hidden": options.get("h", 0.0)},
         }
     )
+    if kind == "piece":
+        mine, theirs = (encode_all(examples, t, PACK_TOKENS, truncate=True) for t in (own, tokenizer))
+        reader = TextTeacher(teacher, theirs, PACK_TOKENS, tokenizer.pad_token_id)
+        return PieceDistillation(spec, reader, mine, TokenBytes(own, "the student"), TokenBytes(tokenizer, "the teacher"))
     return KnowledgeDistillation(spec, OnlineTeacher(teacher, spec, student.config.vocab_size), student)
 
 
@@ -265,12 +242,19 @@ def run(args: argparse.Namespace) -> None:
     teacher, tokenizer = loaded(str(WORK / "teacher" / "model"))
     examples, _, test = task()
     material, validation, _ = texts() if args.data == "text" else task()
-    start = loaded("smollm2-135m" if args.student == "depth" else str(pruned(args.student, teacher, tokenizer, examples)))[0]
+    folder = WORK / f"student-{args.student}"
+    if args.student == "depth":
+        source = "smollm2-135m"
+    elif args.student == "tokens":
+        source = str(retokenised(teacher, tokenizer, folder))
+    else:
+        source = str(pruned(args.student, teacher, tokenizer, examples, folder))
+    start, own = loaded(source)
     if args.student == "depth":
         start = drop_layers(start)
     begun = WORK / f"begun-{args.student}.json"
     if not begun.exists():
-        begun.write_text(json.dumps(measured(start, tokenizer, test)))
+        begun.write_text(json.dumps(measured(start, own, test)))
     for settings in pending:
         if clock.is_over():
             break
@@ -278,19 +262,19 @@ def run(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         chosen = [material[i] for i in permutation(len(material), settings.seed, 0)[: settings.rows]]
         student = copy.deepcopy(start)
-        objective = objective_of(settings.arm, student, teacher)
-        rows = encode_all(chosen, tokenizer, PACK_TOKENS, truncate=True)
+        objective = objective_of(settings.arm, student, teacher, own, tokenizer, chosen)
+        rows = encode_all(chosen, own, PACK_TOKENS, truncate=True)
         began = time.monotonic()
         trainer = make_trainer(
-            student, rows, tokenizer.pad_token_id, settings.learning_rate, settings.steps, STUDENT_PACKS, settings.seed, objective
+            student, rows, own.pad_token_id, settings.learning_rate, settings.steps, STUDENT_PACKS, settings.seed, objective
         )
         if not train(trainer, folder, clock):
             break
         result = {
             "settings": asdict(settings),
             "tokens": trainer.plan.num_tokens,
-            "validation": measured(student, tokenizer, validation, answers_too=False),
-            "held_out": measured(student, tokenizer, test),
+            "validation": measured(student, own, validation, answers_too=False),
+            "held_out": measured(student, own, test),
             "last_seconds": time.monotonic() - began,
         }
         (folder / "result.json.part").write_text(json.dumps(result))
@@ -324,21 +308,23 @@ def summary(args: argparse.Namespace) -> None:
         by_rate.setdefault(s["learning_rate"], {})[s["seed"]] = result
     tables = []
     for (data, student, rows, steps), arms in sorted(groups.items()):
-        best = {}
-        for arm, by_rate in arms.items():
-            # chosen among learning rates with the most seeds, by the validation part alone
-            most = max(map(len, by_rate.values()))
-            rates = {rate: seeds for rate, seeds in by_rate.items() if len(seeds) == most}
-            rate = min(rates, key=lambda r: statistics.fmean(v["validation"]["loss"] for v in rates[r].values()))
-            best[arm] = (rate, rates[rate])
+        best: dict[str, Any] = {}
+        for arm, by_rate in sorted(arms.items(), key=lambda entry: entry[0] != "ce"):
+            # chosen on the seeds that all learning rates have, by the validation part alone
+            shared = set.intersection(*map(set, by_rate.values()))
+            tried = {rate: statistics.fmean(seeds[s]["validation"]["loss"] for s in shared) for rate, seeds in by_rate.items()}
+            rate = best["ce"][0] if best else min(tried, key=lambda r: tried[r])
+            if rate in by_rate:
+                best[arm] = (rate, by_rate[rate], tried)
         untrained = json.loads((WORK / f"begun-{student}.json").read_text())
         table: dict[str, Any] = {"data": data, "student": student, "rows": rows, "steps": steps, "held_out_rows": NUM_HELD_OUT}
         table |= {"untrained": untrained, "arms": {}}
-        for arm, (rate, seeds) in best.items():
+        for arm, (rate, seeds, tried) in best.items():
             metrics = [m for m in METRICS if all(m in r["held_out"] for r in seeds.values())]
             entry: dict[str, Any] = {"learning_rate": rate, "tokens": next(iter(seeds.values()))["tokens"], "seeds": sorted(seeds)}
+            entry["validation_loss_of_rates"] = tried
             entry |= {m: interval([r["held_out"][m] for r in seeds.values()]) for m in metrics}
-            plain = best.get("ce", (0, {}))[1]
+            plain = best["ce"][1] if "ce" in best else {}
             shared = sorted(set(seeds) & set(plain))
             if arm != "ce" and shared:
                 entry["less_ce"] = {m: interval([seeds[s]["held_out"][m] - plain[s]["held_out"][m] for s in shared]) for m in metrics}
@@ -356,6 +342,7 @@ def summary(args: argparse.Namespace) -> None:
             "width": "the teacher less half of its feed-forward channels, refitted",
             "narrow": "the teacher less three quarters of them, refitted",
             "depth": "the base less every third layer",
+            "tokens": f"the teacher with the first {MERGES_KEPT:,} of its tokenizer's merges",
         },
         "method": "full",
         "data": {"task": "address-json", "text": "docstrings, as bench/compress.py takes them"},
@@ -384,7 +371,7 @@ def main() -> None:
     teacher.set_defaults(do=make_teacher)
     runs = actions.add_parser("run")
     runs.add_argument("--data", choices=["task", "text"], default="task")
-    runs.add_argument("--student", choices=["width", "narrow", "depth"], default="width")
+    runs.add_argument("--student", choices=["width", "narrow", "depth", "tokens"], default="width")
     runs.add_argument("--arms", nargs="+", type=known_arm, default=["ce", "kd-0.5", "kd-1.0"])
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runs.add_argument("--learning-rates", nargs="+", type=float, default=[2e-4])

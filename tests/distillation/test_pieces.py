@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -22,6 +23,7 @@ from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.core.data.encoding import Encoded, encode_all
 from adaptfleet.core.data.packing import Pack, pack_arrays
 from adaptfleet.core.data.parsing import parse_row
+from adaptfleet.core.data.tokens import Rows, TokenFile, record_batch, write_tokens
 from adaptfleet.core.distill.compatibility import check_pieces
 from adaptfleet.core.distill.objective import KnowledgeDistillation
 from adaptfleet.core.distill.pieces import PieceDistillation, TextTeacher
@@ -32,6 +34,7 @@ from adaptfleet.core.methods.choice import adaptation
 from adaptfleet.core.packed_forward import PackedBatch
 from adaptfleet.core.sharding import shard, worker_mesh
 from adaptfleet.core.steps import plan_steps
+from adaptfleet.on_ray.train.run_folder import RunFolder
 from tests.distillation.conftest import make_llama, make_other_tokenizer
 from tests.training.conftest import VOCABULARY, make_tokenizer
 from tests.workers import meeting, run_workers
@@ -239,6 +242,18 @@ def test_a_student_comes_nearer_to_what_the_teacher_finds_likely() -> None:
     losses = [r.loss for r in Trainer(student, adaptation(Full()), train, plan_steps(data, train), data, 0, objective).run()]
     assert losses[-1] < 0.5 * losses[0]
     assert float(judge.summed_loss(student, packed(data, 512)).detach()) < before
+
+
+def test_a_run_keeps_both_tokenizations_of_its_rows_also_where_they_are_one_file(fresh_home: Path) -> None:
+    job = parse_contract(DistillJob, "objective: {teacher: {}, unit: piece}\npublish: {name: a}\n")
+    data = rows(make_tokenizer(), 3)
+    write_tokens(fresh_home / "tokens.arrow", [record_batch(data)])
+    both = Rows([TokenFile(fresh_home / "tokens.arrow")], np.asarray([2, 0]))
+    folder = RunFolder.open(job)
+    for _ in range(2):
+        folder.write_rows(both, both[:1], plan_steps(both, job.train), [], both)
+    for found in (folder.read_rows("train"), folder.read_rows("train", "teacher_files")):
+        assert [row.input_ids.tolist() for row in found] == [data[2].input_ids, data[0].input_ids]
 
 
 def test_a_tokenizer_that_is_no_text_is_refused() -> None:

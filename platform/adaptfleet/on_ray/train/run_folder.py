@@ -2,7 +2,7 @@
 
 contract.json      the resolved contract
 rows/              the token files (links to the cache), which of their rows are trained on and held out (train.npy, test.npy), the plan of
-                   all steps (plan-*.npy), and the held-out rows to answer (test.jsonl)
+                   all steps (plan-*.npy), and the held-out rows to answer (test.jsonl); of a teacher of another tokenizer its tokens too
 segment.json       of a run that trains a part of its plan: from which checkpoint, and up to which step
 facts.json         data hash, base revision, counts, library versions
 metrics.jsonl      a line an update and an evaluation
@@ -87,7 +87,7 @@ class RunFolder:
             for part, rows in (("files", train), ("teacher_files", teachers)):
                 names = []
                 for number, tokens in enumerate(rows.files if rows else ()):
-                    names.append(f"{number:03}-{tokens.file.parent.name}.arrow")
+                    names.append(f"{part}-{number:03}-{tokens.file.parent.name}.arrow")
                     _link(tokens.file, unfinished / names[-1])
                 (unfinished / f"{part}.json").write_text(json.dumps(names))
             np.save(unfinished / "train.npy", train.order_N)

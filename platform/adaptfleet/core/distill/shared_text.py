@@ -133,6 +133,8 @@ _ALPHABET = _byte_level_alphabet()
 
 
 def _byte_level(token: str) -> bytes:
+    if not _ALPHABET.keys() >= set(token):
+        return token.encode()  # in the vocabulary as it is, made by no merge
     return bytes(_ALPHABET[character] for character in token)
 
 

@@ -163,6 +163,15 @@ def test_a_process_joins_one_cluster_after_another() -> None:
     assert ended.stdout.count("1 joined") == 2, ended.stderr
 
 
+def test_no_program_imports_ray_before_it_has_a_cluster() -> None:
+    """Ray reads at its import whether this machine's clusters are at its loopback address."""
+    modules = ("train.finetune", "compress.compression", "tune.sweep", "evaluate.evaluation")
+    imports = "; ".join(f"import adaptfleet.on_ray.{module}" for module in modules)
+    script = f"import sys; {imports}; sys.exit('ray' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=400, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_where_few_files_may_be_open_haproxy_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launch, "files_allowed", lambda: 1024)
     assert launch._cluster_env(tmp_path, "marker", {})[USE_HAPROXY] == "0"

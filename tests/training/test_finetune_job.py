@@ -265,6 +265,16 @@ def test_a_killed_job_goes_on_when_submitted_again(undisturbed: Job, contract: C
     assert losses(job) == losses(undisturbed)
 
 
+def test_a_program_that_finds_no_cluster_trains_on_one_of_its_own(
+    embedded_home: Path, contract: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    result = run(contract("sums-alone", train={"max_steps": 1}), tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.stdout.strip().endswith("sums-alone@1")
+
+
 def test_a_training_whose_task_is_ended_frees_its_cpus(local_cluster: Any, contract: Callable[..., Job]) -> None:
     """As a search ends a trial: its job lives on. Another cluster on the machine is none of its business."""
     spec = parse_contract(FinetuneJob, yaml.safe_dump(contract("sums-ended", train={"epochs": 1000})))

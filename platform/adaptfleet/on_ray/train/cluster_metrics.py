@@ -6,8 +6,6 @@ Exported with Ray's prefix: `ray_adaptfleet_training_loss` and so on, by `run`.
 import time
 from pathlib import Path
 
-from ray.util.metrics import Gauge
-
 _GAUGES = {
     "running": "1 while the run trains, 0 once it ended in order.",
     "step": "Optimizer steps made.",
@@ -25,6 +23,9 @@ class ClusterMetrics:
     """A tracker: it gets each step's numbers. Of a run that moved to another process, the newest time counts (`max by (run)`)."""
 
     def __init__(self, run: str, checkpoints: Path) -> None:
+        # Ray reads its environment when it is imported, and a program that starts a cluster of its own sets it after importing this
+        from ray.util.metrics import Gauge
+
         self._gauges = {name: Gauge(f"adaptfleet_training_{name}", text, tag_keys=("run",)) for name, text in _GAUGES.items()}
         self._tags = {"run": run}
         self._checkpoints = checkpoints

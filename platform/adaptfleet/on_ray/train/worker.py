@@ -129,8 +129,8 @@ class _FinetuneWorker:
             return None
         teacher = load_teacher(spec, self.facts["teacher"]["folder"])
         rows = self._teachers_rows() or self.rows
-        vocab_size = min(len(self.tokenizer), teacher.config.vocab_size)
-        check_packable(teacher, vocab_size, self.job.train.pack_tokens, int(rows.lengths.max()))
+        embedding: Any = teacher.get_input_embeddings()
+        check_packable(teacher, min(len(self.tokenizer), embedding.num_embeddings), self.job.train.pack_tokens, int(rows.lengths.max()))
         return teacher
 
     def _teachers_rows(self) -> Rows | None:

@@ -313,7 +313,7 @@ def summary(args: argparse.Namespace) -> None:
             # chosen on the seeds that all learning rates have, by the validation part alone
             shared = set.intersection(*map(set, by_rate.values()))
             tried = {rate: statistics.fmean(seeds[s]["validation"]["loss"] for s in shared) for rate, seeds in by_rate.items()}
-            rate = best["ce"][0] if best else min(tried, key=lambda r: tried[r])
+            rate = best["ce"][0] if "ce" in best else min(tried, key=lambda r: tried[r])
             if rate in by_rate:
                 best[arm] = (rate, by_rate[rate], tried)
         untrained = json.loads((WORK / f"begun-{student}.json").read_text())

@@ -10,9 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional as F  # noqa: N812  the name everyone knows
 
 from adaptfleet.contracts import objectives as contracts
-from adaptfleet.core.losses import token_log_probs
 from adaptfleet.core.methods.adaptation import AdaptedModel
-from adaptfleet.core.packed_forward import Call, PackedBatch, hidden_states, num_virtual_tokens, plain_base, summed_loss
+from adaptfleet.core.packed_forward import Call, PackedBatch, label_log_probs, num_virtual_tokens, plain_base, summed_loss
 from adaptfleet.core.steps import StepPlan
 
 
@@ -97,12 +96,8 @@ def objective(spec: contracts.Sft | contracts.Dpo | contracts.Orpo) -> Objective
 
 def pair_log_probs(model: AdaptedModel, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """[P, 2] each: the log probability of the chosen and of the rejected answer of every pair, in nats, and their labelled tokens."""
-    hidden_BTD = hidden_states(model, batch)
+    log_probs_N = label_log_probs(model, batch)
     predicted_BT = batch.label_mask_BT[:, 1:]
-    head = plain_base(model).get_output_embeddings()
-    log_probs_N = token_log_probs(
-        hidden_BTD[:, :-1][predicted_BT], head.weight, getattr(head, "bias", None), batch.input_ids_BT[:, 1:][predicted_BT]
-    )
     num_rows = len(batch.segment_ids_BT)
     # an even number of segments a row, so that pairs never reach into the next one
     per_row = int(batch.segment_ids_BT.max()) // 2 * 2 + 2

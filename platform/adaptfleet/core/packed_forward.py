@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812  the name everyone knows
 from transformers import PreTrainedModel
 
 from adaptfleet.contracts.errors import ModelError
-from adaptfleet.core.losses import summed_cross_entropy
+from adaptfleet.core.losses import summed_cross_entropy, token_log_probs
 from adaptfleet.core.segment_attention import segment_mask, takes_segments
 
 
@@ -101,6 +101,16 @@ def summed_loss(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> torch
     predicted_BT = batch.label_mask_BT[:, 1:]
     head = plain_base(model).get_output_embeddings()
     return summed_cross_entropy(
+        hidden_BTD[:, :-1][predicted_BT], head.weight, getattr(head, "bias", None), batch.input_ids_BT[:, 1:][predicted_BT]
+    )
+
+
+def label_log_probs(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> torch.Tensor:
+    """[N] the log probability of each labelled token in nats, float32. The head gets no gradient."""
+    hidden_BTD = hidden_states(model, batch)
+    predicted_BT = batch.label_mask_BT[:, 1:]
+    head = plain_base(model).get_output_embeddings()
+    return token_log_probs(
         hidden_BTD[:, :-1][predicted_BT], head.weight, getattr(head, "bias", None), batch.input_ids_BT[:, 1:][predicted_BT]
     )
 

@@ -21,7 +21,7 @@ from adaptfleet.core.distill.shared_text import SharedPieces, TokenBytes, shared
 from adaptfleet.core.losses import chunked_loss, token_log_probs
 from adaptfleet.core.methods.adaptation import AdaptedModel
 from adaptfleet.core.objectives import Objective
-from adaptfleet.core.packed_forward import Call, PackedBatch, hidden_states, plain_base
+from adaptfleet.core.packed_forward import Call, PackedBatch, hidden_states, label_log_probs, plain_base
 
 _LEAST_SURPRISE = 1e-5
 """In nats: a piece that is surer than this counts as if it were no surer, so that "any other" keeps a probability."""
@@ -46,7 +46,7 @@ class TextTeacher:
         rows = [self.rows[i] for i in numbers]
         packs = plan_packs([len(row) for row in rows], self.pack_tokens, range(len(rows)))
         arrays = [pack_arrays(pack, rows, self.pack_tokens, self.pad_id) for pack in packs]
-        found_M = self.call(_token_log_probs, PackedBatch.stack(arrays, self.model.device))
+        found_M = self.call(label_log_probs, PackedBatch.stack(arrays, self.model.device))
         order = [i for pack in packs for i in pack.indices]
         parts = dict(zip(order, found_M.split([rows[i].num_labels for i in order]), strict=True))
         return torch.cat([parts[i] for i in range(len(rows))])
@@ -104,14 +104,6 @@ class PieceDistillation(Objective):
         slope_N = torch.where(my_piece_N < count, torch.cat([slope_C, slope_C.new_zeros(1)])[my_piece_N], 0.0)
         value = alpha * soft.detach() - (1 - alpha) * mine_N.sum()
         return value, alpha * slope_N - (1 - alpha)
-
-
-def _token_log_probs(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    hidden_BTD = hidden_states(model, batch)
-    predicted_BT = batch.label_mask_BT[:, 1:]
-    head: Any = model.get_output_embeddings()
-    labels_M = batch.input_ids_BT[:, 1:][predicted_BT]
-    return token_log_probs(hidden_BTD[:, :-1][predicted_BT], head.weight, getattr(head, "bias", None), labels_M)
 
 
 def _numbered(pieces: list[Any], starts: Any, device: torch.device) -> torch.Tensor:

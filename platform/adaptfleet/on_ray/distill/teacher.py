@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, PreTrainedModel
 
 from adaptfleet.contracts.distillation import Distillation, Offline, OnPolicy
+from adaptfleet.contracts.errors import DataError
 from adaptfleet.contracts.jobs import FinetuneJob, TrainSpec
 from adaptfleet.contracts.model import ModelSpec
 from adaptfleet.contracts.objectives import Objective as ObjectiveSpec
@@ -74,7 +75,10 @@ def rows_of_teacher(
     config = AutoConfig.from_pretrained(found.folder, trust_remote_code=spec.teacher.trust_remote_code)
     theirs = load_tokenizer(found.folder, spec.teacher.trust_remote_code)
     longest = getattr(config, "max_position_embeddings", None) or _LONGEST_ROW
-    tokens = tokenise(dataset, Encoder(theirs, longest, train.truncate), tokenizer_sha256(found.folder, theirs), execute)
+    try:
+        tokens = tokenise(dataset, Encoder(theirs, longest, train.truncate), tokenizer_sha256(found.folder, theirs), execute)
+    except DataError as error:
+        raise DataError(f"the teacher {found.name!r}, of {longest} positions, cannot read all rows in its own tokens: {error}") from None
     teachers = tokens.rows(tokens.train)
     some = range(min(_ROWS_COMPARED, len(rows)))
     sides = TokenBytes(tokenizer, "the student"), TokenBytes(theirs, found.name)

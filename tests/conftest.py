@@ -36,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.clusters)
 
 
+@pytest.fixture(autouse=True)
+def torch_seed() -> None:
+    """A test draws the same numbers in every run. One that does not use PyTorch does not pay for its import."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
 def _link_models(home: Path) -> Path:
     """Gives `home` the embedded model, made on the first run and shared by hard links after it."""
     from adaptfleet.core.models.embedded import embedded_model

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 from adaptfleet.contracts.errors import TrainingError
@@ -118,6 +119,12 @@ def kill_while_it_writes(job: Job, pid: int, process: subprocess.Popen[str]) -> 
     raise AssertionError("no checkpoint was seen half written: " + process.communicate()[0][-3000:])
 
 
+def actors() -> dict[str, str]:
+    """The classes of all actors that the cluster has had, by their ids."""
+    with connected():
+        return {actor.actor_id: actor.class_name for actor in list_actors(limit=10_000)}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(local_cluster: Any, contract: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A run submitted as users do, which the others are compared with."""
@@ -158,8 +165,12 @@ def test_the_same_contract_is_not_trained_again(undisturbed: Job, tmp_path: Path
 
 def test_two_workers_have_the_losses_of_one(undisturbed: Job, contract: Callable[..., Job], tmp_path: Path) -> None:
     job = contract("sums-two", cluster={"workers": 2})
+    before = actors().keys()
     result = run(job, tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
+    started = [name for key, name in actors().items() if key not in before]
+    # each is a process, with imports of its own
+    assert sorted(started) == ["RayTrainWorker", "RayTrainWorker", "SynchronizationActor", "TrainController"]
     one, two = losses(undisturbed), losses(job)
     assert one.keys() == two.keys()
     # gradients are summed in another order; AdamW divides by their size, so the difference grows a little with each step

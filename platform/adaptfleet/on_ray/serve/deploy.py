@@ -62,7 +62,7 @@ def _check_cores(spec: ServingSpec) -> None:
     bases = spec.bases()
     if len(bases) == 1:
         return
-    from adaptfleet.on_ray.train.fit import autoscaler_limits
+    from adaptfleet.on_ray.autoscaler import autoscaler_limits
 
     limits = autoscaler_limits()
     if limits is None:

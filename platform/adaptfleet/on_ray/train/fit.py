@@ -14,16 +14,18 @@ from ray.train.v2.api.config import (  # ray.train's own names are typed as the 
 from adaptfleet.contracts.distillation import Distillation
 from adaptfleet.contracts.errors import ContractError
 from adaptfleet.contracts.jobs import ClusterSpec, FinetuneJob
+from adaptfleet.on_ray.autoscaler import autoscaler_limits
 from adaptfleet.on_ray.distill.scoring import score_rows
 from adaptfleet.on_ray.joining import connected
 from adaptfleet.on_ray.train.coordinator import ensure_watchful_coordinator
 from adaptfleet.on_ray.train.failures import FailureCount
 from adaptfleet.on_ray.train.few_bits import needs_bitsandbytes
-from adaptfleet.on_ray.train.growth import ElasticTrainer
 from adaptfleet.on_ray.train.places import equal_share, shortage
+from adaptfleet.on_ray.train.preemption import WITHOUT_RAYS_OWN
 from adaptfleet.on_ray.train.progress import ProgressTeller
 from adaptfleet.on_ray.train.run_folder import RunFolder
 from adaptfleet.on_ray.train.start import train_worker
+from adaptfleet.on_ray.train.trainer import LeanTrainer
 
 # Ray Train looks at its workers and at draining nodes rarely; a lost worker or a notice should cost seconds. At a look it takes one
 # checkpoint's report, so that a run with many ends later by so many looks.
@@ -32,6 +34,7 @@ _WATCHFUL = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     # how long to wait for the place of a lost node before going on with fewer workers
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    **WITHOUT_RAYS_OWN,
 }
 
 
@@ -47,7 +50,7 @@ def fit(job: FinetuneJob, folder: RunFolder) -> None:
             ensure_watchful_coordinator()
         if isinstance(job.objective, Distillation) and job.objective.source.kind == "offline":
             score_rows(job, folder, cpus, gpus)
-        trainer = ElasticTrainer(
+        trainer = LeanTrainer(
             train_worker,
             train_loop_config={
                 "job": job.model_dump_json(),
@@ -94,25 +97,3 @@ def worker_resources(cluster: ClusterSpec) -> tuple[int, float]:
     if reason:
         raise ContractError(f"cluster: {reason}. Ask for fewer workers or smaller ones.")
     return cpus, gpus
-
-
-def autoscaler_limits() -> dict[str, float] | None:
-    """What the cluster's autoscaler may come to have; empty where there is none. None: there is one, and it does not say (KubeRay's)."""
-    from ray._private.state import state  # Ray Train itself asks here; there is no public way
-
-    said = state.get_max_resources_from_cluster_config()
-    if not said and _is_a_pool():
-        return None
-    return {name: float(amount) for name, amount in (said or {}).items()}
-
-
-def _is_a_pool() -> bool:
-    """Nodes of named groups, under an autoscaler that has reported. Ray 2.60's for KubeRay does not report its groups' limits."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
-    from ray.core.generated import autoscaler_pb2
-
-    if not any(node["Alive"] and node["Labels"].get("ray.io/node-group") for node in ray.nodes()):
-        return False
-    reply = autoscaler_pb2.GetClusterStatusReply()  # type: ignore[attr-defined]  # made of a .proto
-    reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
-    return bool(reply.autoscaling_state.autoscaler_state_version)

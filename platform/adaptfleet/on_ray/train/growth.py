@@ -11,12 +11,9 @@ import os
 from typing import Any
 
 import ray
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision, ScalingDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
-from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import ScalingConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from adaptfleet.contracts.jobs import stored_job
@@ -80,20 +77,6 @@ class ReadyNodes(ElasticScalingPolicy):
         pending = [self._made_ready[node] for node in nodes]
         ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0) if pending else ([], [])
         return len(ready) == len(pending)
-
-
-class ElasticTrainer(TorchTrainer):
-    """A TorchTrainer whose elastic runs follow `ReadyNodes`. Ray Train has no way to be given a policy; to go once it does."""
-
-    def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        """Without the one that starts a process for Ray Data at each start of the workers: they read the run's folder themselves."""
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
-
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        if isinstance(parts["scaling_policy"], ElasticScalingPolicy):
-            config = self.train_loop_config or {}
-            parts["scaling_policy"] = ReadyNodes(parts["scaling_policy"].scaling_config, config["job"], config["needs_bitsandbytes"])
-        return super()._initialize_and_run_controller(**parts)
 
 
 def _staying_nodes() -> set[str]:

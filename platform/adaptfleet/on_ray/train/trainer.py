@@ -1,7 +1,7 @@
 """Ray Train's trainer, with no more processes than a run needs.
 
-Ray Train 2.60 starts four actors beside the workers and their controller, each a process that imports a thousand modules and then wakes up
-a hundred times a second. Three of them a run can do without, most of the time: see `DrainWatch`, `Unannounced` and `_needless_callbacks`.
+Ray Train 2.60 starts four actors beside the workers and their controller, each a process that imports Ray Train and then wakes up a
+hundred times a second. Three of them a run can do without, most of the time: see `DrainWatch`, `Unannounced` and `_needless_callbacks`.
 Where every core trains they were 3% of the speed.
 """
 
@@ -51,5 +51,5 @@ def _needless_callbacks() -> tuple[type[RayTrainCallback], ...]:
     """One starts a process for Ray Data at each start of the workers, which read the run's folder themselves. Another frees the CPUs of a
     training whose controller is gone while its job goes on, as a search's does; where the training is the whole job, Ray frees them at its
     end."""
-    is_whole_job = ray.get_runtime_context().get_task_id() is None
+    is_whole_job = ray.get_runtime_context().worker.mode == ray.SCRIPT_MODE
     return (DatasetsCallback, PlacementGroupCleanerCallback) if is_whole_job else (DatasetsCallback,)

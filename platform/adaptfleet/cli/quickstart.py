@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _road(cluster: "LocalCluster", repository: Path, clock: "_Clock", endpoint_cores: int) -> tuple[dict[str, Any], "list[Answer]"]:
     """Everything between the cluster's start and its stop."""
+    # Ray reads its environment when it is imported, which the first job's thread may be the first to do.
+    os.environ.update(cluster.env)
     from adaptfleet.cli import questions
     from adaptfleet.store.registry import Registry
 
@@ -83,7 +85,7 @@ def _road(cluster: "LocalCluster", repository: Path, clock: "_Clock", endpoint_c
     # take about as long as the longer one.
     first_job = _SideJob(lambda: _submit_beside(cluster, repository, ADDRESS, endpoint_cores, clock))
     with clock.phase("endpoint", "the endpoint, vLLM behind Ray Serve, with the base alone"):
-        url, key = _deploy(cluster, endpoint_cores)
+        url, key = _deploy(endpoint_cores)
         print(f"  answers at {url}/v1", flush=True)
     first_job.result()
     api = questions.client(url, key)
@@ -251,9 +253,7 @@ def _show(line: str) -> None:
         print(f"  | {line}", flush=True)
 
 
-def _deploy(cluster: "LocalCluster", num_cores: int) -> tuple[str, str]:
-    os.environ.update(cluster.env)
-    # Ray reads its environment when it is imported.
+def _deploy(num_cores: int) -> tuple[str, str]:
     from adaptfleet.on_ray.serve.api_keys import first_key
     from adaptfleet.on_ray.serve.deploy import deploy
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,24 +95,30 @@ def hidden_states(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> tor
     return hidden_BTD[:, -batch.input_ids_BT.shape[1] :]
 
 
-def summed_loss(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> torch.Tensor:
-    """The cross-entropies of all labelled tokens, summed; the caller divides by the step's global number of labels."""
+class Predictions(NamedTuple):
+    """What the logits of the labelled tokens are made of, and the tokens."""
+
+    hidden_ND: torch.Tensor
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None
+    labels_N: torch.Tensor
+
+
+def predictions(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Predictions:
     hidden_BTD = hidden_states(model, batch)
     predicted_BT = batch.label_mask_BT[:, 1:]
-    head = plain_base(model).get_output_embeddings()
-    return summed_cross_entropy(
-        hidden_BTD[:, :-1][predicted_BT], head.weight, getattr(head, "bias", None), batch.input_ids_BT[:, 1:][predicted_BT]
-    )
+    head: Any = plain_base(model).get_output_embeddings()
+    return Predictions(hidden_BTD[:, :-1][predicted_BT], head.weight, getattr(head, "bias", None), batch.input_ids_BT[:, 1:][predicted_BT])
+
+
+def summed_loss(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> torch.Tensor:
+    """The cross-entropies of all labelled tokens, summed; the caller divides by the step's global number of labels."""
+    return summed_cross_entropy(*predictions(model, batch))
 
 
 def label_log_probs(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> torch.Tensor:
     """[N] the log probability of each labelled token in nats, float32. The head gets no gradient."""
-    hidden_BTD = hidden_states(model, batch)
-    predicted_BT = batch.label_mask_BT[:, 1:]
-    head = plain_base(model).get_output_embeddings()
-    return token_log_probs(
-        hidden_BTD[:, :-1][predicted_BT], head.weight, getattr(head, "bias", None), batch.input_ids_BT[:, 1:][predicted_BT]
-    )
+    return token_log_probs(*predictions(model, batch))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from adaptfleet.core.distill.losses import distilled_loss
 from adaptfleet.core.distill.teachers import OnlineTeacher, Teacher
 from adaptfleet.core.methods.adaptation import AdaptedModel
 from adaptfleet.core.objectives import Objective
-from adaptfleet.core.packed_forward import PackedBatch, hidden_states, plain_base
+from adaptfleet.core.packed_forward import PackedBatch, plain_base, predictions
 
 
 class KnowledgeDistillation(Objective):
@@ -30,20 +30,10 @@ class KnowledgeDistillation(Objective):
     def summed_loss(self, model: AdaptedModel, batch: PackedBatch) -> torch.Tensor:
         targets, theirs = self.teacher.targets(batch, self.layers.values())
         with captured(model, self.layers, self.spec.align) as mine:
-            hidden_BTD = hidden_states(model, batch)
-        predicted_BT = batch.label_mask_BT[:, 1:]
-        head = plain_base(model).get_output_embeddings()
-        loss = distilled_loss(
-            hidden_BTD[:, :-1][predicted_BT],
-            head.weight,
-            getattr(head, "bias", None),
-            batch.input_ids_BT[:, 1:][predicted_BT],
-            self.hard_labels(batch),
-            targets,
-            self.spec,
-        )
+            found = predictions(model, batch)
+        loss = distilled_loss(*found, self.hard_labels(batch), targets, self.spec)
         if self.layers:
-            loss = loss + alignment_loss(self.spec.align, self.layers, mine, theirs, predicted_BT)
+            loss = loss + alignment_loss(self.spec.align, self.layers, mine, theirs, batch.label_mask_BT[:, 1:])
         return loss
 
     def hard_labels(self, batch: PackedBatch) -> torch.Tensor:

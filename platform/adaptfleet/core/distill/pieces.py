@@ -21,7 +21,7 @@ from adaptfleet.core.distill.shared_text import SharedPieces, TokenBytes, shared
 from adaptfleet.core.losses import chunked_loss, token_log_probs
 from adaptfleet.core.methods.adaptation import AdaptedModel
 from adaptfleet.core.objectives import Objective
-from adaptfleet.core.packed_forward import Call, PackedBatch, hidden_states, label_log_probs, plain_base
+from adaptfleet.core.packed_forward import Call, PackedBatch, label_log_probs, predictions
 
 _LEAST_SURPRISE = 1e-5
 """In nats: a piece that is surer than this counts as if it were no surer, so that "any other" keeps a probability."""
@@ -69,15 +69,11 @@ class PieceDistillation(Objective):
 
     def summed_loss(self, model: AdaptedModel, batch: PackedBatch) -> torch.Tensor:
         theirs_M = self.teacher.log_probs(batch.rows)
-        hidden_BTD = hidden_states(model, batch)
-        predicted_BT = batch.label_mask_BT[:, 1:]
-        head: Any = plain_base(model).get_output_embeddings()
-        hidden_ND, labels_N = hidden_BTD[:, :-1][predicted_BT], batch.input_ids_BT[:, 1:][predicted_BT]
-        whole = hidden_ND, head.weight, getattr(head, "bias", None)
+        hidden_ND, weight_VD, bias_V, labels_N = predictions(model, batch)
         if not len(labels_N):
             return hidden_ND.sum()
         with torch.no_grad():
-            mine_N = token_log_probs(*whole, labels_N)
+            mine_N = token_log_probs(hidden_ND, weight_VD, bias_V, labels_N)
         value, slope_N = self._value_and_slope(mine_N, theirs_M, batch.rows)
 
         def loss(logits_CV: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +81,7 @@ class PieceDistillation(Objective):
             return loss_C.sum(), errors_CV
 
         # its gradients are those of the loss: to a token's logits both say the token's slope times those of its log probability
-        weighted = chunked_loss(*whole, loss, CHUNK_POSITIONS)
+        weighted = chunked_loss(hidden_ND, weight_VD, bias_V, loss, CHUNK_POSITIONS)
         return value + weighted - weighted.detach()
 
     def _value_and_slope(self, mine_N: torch.Tensor, theirs_M: torch.Tensor, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

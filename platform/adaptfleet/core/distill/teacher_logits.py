@@ -31,7 +31,7 @@ from adaptfleet.core.data.tokens import Rows
 from adaptfleet.core.distill.layers import Captured
 from adaptfleet.core.distill.losses import CHUNK_POSITIONS, Distributions, Targets, bucketed
 from adaptfleet.core.distill.teachers import Teacher, log_probs
-from adaptfleet.core.packed_forward import PackedBatch, hidden_states
+from adaptfleet.core.packed_forward import PackedBatch, predictions
 
 _FORMAT = 1
 """Raised when the same teacher gives other files than before."""
@@ -134,11 +134,10 @@ def _most_likely(
     teacher: PreTrainedModel, batch: PackedBatch, temperature: float, k: int, vocab_size: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """[N, K] ids and [N, B] log probabilities."""
-    hidden_ND = hidden_states(teacher, batch)[:, :-1][batch.label_mask_BT[:, 1:]]
-    head: Any = teacher.get_output_embeddings()
+    hidden_ND, weight_VD, bias_V, _ = predictions(teacher, batch)
     ids, found = [], []
     for hidden_CD in hidden_ND.split(CHUNK_POSITIONS):
-        log_p_CV = log_probs(hidden_CD, head.weight, getattr(head, "bias", None), temperature, vocab_size)
+        log_p_CV = log_probs(hidden_CD, weight_VD, bias_V, temperature, vocab_size)
         num_kept = min(k, log_p_CV.shape[1])
         ids_CK = log_p_CV.topk(num_kept, dim=-1).indices
         ids.append(ids_CK.int().cpu().numpy())

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from adaptfleet.contracts.distillation import Alignment, Distillation
 from adaptfleet.core.distill.layers import Captured, captured, give_attention
 from adaptfleet.core.distill.losses import Distributions, Targets
-from adaptfleet.core.packed_forward import Call, PackedBatch, hidden_states
+from adaptfleet.core.packed_forward import Call, PackedBatch, predictions
 
 
 class Teacher(ABC):
@@ -46,10 +46,9 @@ class OnlineTeacher(Teacher):
 
     def _run(self, model: PreTrainedModel, batch: PackedBatch, layers: Collection[int]) -> tuple[Any, ...]:
         with captured(model, layers, self.align) as found:
-            hidden_BTD = hidden_states(model, batch)
-        head: Any = model.get_output_embeddings()
-        # of a sharded model the head is kept whole after the call, as FSDP does with what is around the layers
-        return found, hidden_BTD[:, :-1][batch.label_mask_BT[:, 1:]], head.weight, getattr(head, "bias", None)
+            # of a sharded model the head is kept whole after the call, as FSDP does with what is around the layers
+            made = predictions(model, batch)
+        return found, made.hidden_ND, made.weight_VD, made.bias_V
 
 
 def log_probs(

@@ -2,7 +2,7 @@
 
 Ray Train 2.60 starts four actors beside the workers and their controller, each a process that imports Ray Train and then wakes up a
 hundred times a second. Three of them a run can do without, most of the time: see `DrainWatch`, `Unannounced` and `_needless_callbacks`.
-Where every core trains they were 3% of the speed.
+Where every core trains, two of them were 2% of a step.
 """
 
 from typing import Any
